@@ -1,0 +1,91 @@
+"""How well a language model predicts held-out text.
+
+    python -m activations.builtin.measure_model
+
+measures the bundled model on the test split of the Python sources of this machine.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from activations.blocks import TokenBlocks
+from activations.capture import block_ranges
+from activations.corpus import Corpus
+from activations.errors import InputError
+from activations.models import LanguageModel
+
+_BATCH_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """Cross-entropy on held-out text.
+
+    nats_per_token: mean over all predicted tokens.
+    bits_per_byte: the same information, per byte of text.
+    by_position: nats of the 1st, 2nd … prediction in a block.
+    n_predicted: how many tokens were predicted.
+    n_documents: how many documents they are from.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    by_position: list[float]
+    n_predicted: int
+    n_documents: int
+
+
+def measure_loss(model: LanguageModel, blocks: TokenBlocks) -> ModelLoss:
+    """Cross-entropy of every token but the first of each block, given those before it in the block."""
+    special_ids = model.tokenizer.special_ids
+    nats = torch.zeros(blocks.context_length - 1, dtype=torch.float64)
+    counts = torch.zeros(blocks.context_length - 1, dtype=torch.int64)
+    n_bytes = 0
+    for start, stop in block_ranges(blocks.n_blocks, _BATCH_BLOCKS):
+        ids, mask = blocks.ids_tensor(start, stop), blocks.attention_mask(start, stop)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        logits = model.logits(
+            ids.to(model.device), attention_mask=None if mask is None else mask.to(model.device)
+        )
+        targets, predicted = ids[:, 1:], real[:, 1:]
+        loss = cross_entropy(logits[:, :-1].float().cpu().transpose(1, 2), targets, reduction="none")
+        nats += (loss * predicted).double().sum(0)
+        counts += predicted.sum(0)
+        for row, is_predicted in zip(targets, predicted, strict=True):
+            text = [token for token in row[is_predicted].tolist() if token not in special_ids]
+            n_bytes += len(model.tokenizer.decode(text).encode())
+    n_predicted = int(counts.sum())
+    return ModelLoss(
+        nats_per_token=float(nats.sum()) / n_predicted,
+        bits_per_byte=float(nats.sum()) / math.log(2) / n_bytes,
+        by_position=(nats / counts.clamp(min=1)).tolist(),
+        n_predicted=n_predicted,
+        n_documents=len(blocks.names),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="builtin", help="bundled model, folder or hub name")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the test split to read")
+    options = parser.parse_args()
+    try:
+        model = LanguageModel.load(options.model)
+        blocks = Corpus().blocks(model.tokenizer, "test", options.tokens, model.context_length)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+    loss = measure_loss(model, blocks)
+    print(f"{loss.n_predicted:,} predictions in {loss.n_documents} documents")
+    print(f"{loss.nats_per_token:.3f} nats per token, {loss.bits_per_byte:.3f} bits per byte")
+    shown = [place for place in (1, 3, 7, 15, 31, 63, 127, 255) if place <= len(loss.by_position)]
+    print("nats by position:", ", ".join(f"{place}: {loss.by_position[place - 1]:.2f}" for place in shown))
+
+
+if __name__ == "__main__":
+    main()

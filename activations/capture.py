@@ -1,0 +1,137 @@
+"""Activations of token blocks, computed batch by batch."""
+
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from activations.blocks import TokenBlocks
+from activations.exclusion import Exclusion
+
+if TYPE_CHECKING:
+    from activations.models import LanguageModel
+
+BLOCKS_PER_BATCH_CPU = 4
+BLOCKS_PER_BATCH_GPU = 64
+
+BlockRange = tuple[int, int]
+
+
+def blocks_per_batch(model: "LanguageModel") -> int:
+    """How many blocks go through the model at once: few stay in a CPU's cache, many fill a GPU."""
+    return BLOCKS_PER_BATCH_CPU if model.device.type == "cpu" else BLOCKS_PER_BATCH_GPU
+
+
+def block_ranges(n_blocks: int, batch_blocks: int, start: int = 0) -> list[BlockRange]:
+    """(start, stop) of each batch from block ``start`` on."""
+    return [(i, min(i + batch_blocks, n_blocks)) for i in range(start, n_blocks, batch_blocks)]
+
+
+def capture_blocks(
+    model: "LanguageModel",
+    blocks: TokenBlocks,
+    hook_names: Sequence[str],
+    *,
+    batch_blocks: int | None = None,
+    start: int = 0,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Activations of all blocks from ``start`` on, in order; see :func:`capture_ranges`.
+
+    Yields:
+        (first block of the batch, {hook_name: [batch, context, width]}).
+    """
+    ranges = block_ranges(blocks.n_blocks, batch_blocks or blocks_per_batch(model), start)
+    return capture_ranges(model, blocks, hook_names, ranges)
+
+
+def capture_ranges(
+    model: "LanguageModel",
+    blocks: TokenBlocks,
+    hook_names: Sequence[str],
+    ranges: Iterable[BlockRange],
+    *,
+    n_workers: int | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Activations of blocks ``start`` to ``stop`` for each of ``ranges``, in that order.
+
+    On a CPU the batches are shared out among ``n_workers`` Python threads (as many as PyTorch has threads by
+    default), each of which computes on one thread: half again as fast as splitting every product of a small
+    model among them, and the same numbers whatever their number. Edits in force (``model.edited``) hold in
+    all.
+    """
+
+    def capture(start: int, stop: int) -> tuple[int, dict[str, Tensor]]:
+        mask = blocks.attention_mask(start, stop)
+        ids = blocks.ids_tensor(start, stop).to(model.device)
+        mask = None if mask is None else mask.to(model.device)
+        return start, model.capture(ids, hook_names, attention_mask=mask)
+
+    if model.device.type != "cpu":
+        yield from (capture(*block_range) for block_range in ranges)
+        return
+
+    n_workers = n_workers or torch.get_num_threads()
+    with _single_threaded_workers(n_workers) as pool:
+        pending: deque[Future[tuple[int, dict[str, Tensor]]]] = deque()
+        remaining = iter(ranges)
+
+        def submit(count: int) -> None:
+            for start, stop in islice(remaining, count):
+                # A context can be entered by one thread at a time: each batch has its own copy.
+                context = contextvars.copy_context()
+                pending.append(pool.submit(partial(context.run, capture, start, stop)))
+
+        try:
+            submit(2 * n_workers)  # one batch in work and one ready for each worker bounds the memory
+            while pending:
+                yield pending.popleft().result()
+                submit(1)
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def kept_positions(blocks: TokenBlocks, start: int, stop: int, x: Tensor, exclusion: Exclusion) -> Tensor:
+    """Which positions of blocks ``start`` to ``stop`` count: bool [stop - start, context], False at padding.
+
+    x: their activations [stop - start, context, width].
+    """
+    kept = exclusion.kept(blocks.ids_tensor(start, stop), x)
+    mask = blocks.attention_mask(start, stop)
+    return kept if mask is None else kept & mask.bool().to(kept.device)
+
+
+def _single_threaded_workers(n_workers: int) -> ThreadPoolExecutor:
+    """Threads in each of which PyTorch computes on one thread; the caller keeps its own setting."""
+    setting = torch.get_num_threads()
+    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="capture")
+    everyone = threading.Barrier(n_workers)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        everyone.wait()
+
+    for future in [pool.submit(start) for _ in range(n_workers)]:
+        future.result()
+    # PyTorch also remembers the last setting as the default of threads that begin later: put it back.
+    torch.set_num_threads(setting)
+    return pool
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """PyTorch computes on one thread in this block."""
+    setting = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(setting)

@@ -1,0 +1,150 @@
+"""Writing to disk so that a crash leaves either the old file or the new one, and saying what is there.
+
+Every folder the toolkit writes holds a ``manifest.json`` with ``format_version``, ``kind`` and ``inputs``: the
+hashes and settings of what it was derived from. A stage is finished exactly when its manifest matches its
+inputs (:func:`is_finished`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activations.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}).") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary sibling folder, then put it in the place of ``path`` in one rename.
+
+    An exception inside the block leaves whatever was at ``path`` untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            retired = temporary.with_name(temporary.name + ".old")
+            os.replace(path, retired)
+            os.replace(temporary, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, kind: str, inputs: Mapping[str, Any], **facts: Any) -> None:
+    """Write ``folder/manifest.json``; a folder without one counts as unfinished, so this comes last."""
+    manifest = {"format_version": FORMAT_VERSION, "kind": kind, "inputs": dict(inputs), **facts}
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read ``folder/manifest.json`` and check that it is of this kind and of a version we know.
+
+    Raises:
+        InputError: no manifest, another kind, or a newer format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} is not a finished {kind}: it has no {MANIFEST}.")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else None
+        raise InputError(f"{folder} holds {found or 'something else'}, not a {kind}.")
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} was written in format {version}, and this saescope reads up to format {FORMAT_VERSION}:"
+            " install a newer saescope."
+        )
+    return manifest
+
+
+def is_finished(folder: Path, kind: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether ``folder`` holds a finished stage of this kind made from exactly these inputs."""
+    try:
+        manifest = read_manifest(folder, kind)
+    except InputError:
+        return False
+    return manifest["inputs"] == json.loads(json.dumps(dict(inputs)))
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """sha256 over the contents of files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, "torch.Tensor"]) -> str:
+    """sha256 over tensors in the order of their names: name, dtype, shape, bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

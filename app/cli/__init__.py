@@ -1,0 +1,52 @@
+"""The command ``sae``: one module per verb, loaded only when its verb is typed."""
+
+import importlib
+import sys
+
+VERBS = {
+    "demo": "the whole road on the bundled model: train, evaluate, index, label, steer",
+    "train": "train a sparse autoencoder on a model's activations",
+    "evaluate": "measure an SAE on text it has not seen",
+    "index": "find out what makes each feature fire, and give it a first label",
+    "steer": "write text with a feature turned up or down",
+    "explore": "browse, label and steer features in the web browser",
+    "info": "what a run holds, or where a model can be read",
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())
+    return (
+        "usage: sae VERB [...]\n\nTrain sparse autoencoders on the activations of open transformers; label, browse and"
+        f" steer their features.\n\n{verbs}\n\nsae VERB --help tells what a verb takes. Start with: sae demo"
+    )
+
+
+def main() -> None:
+    """Run the verb that was typed.
+
+    Exit status: 0; 2 after one sentence about bad input; 130 when interrupted.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    verb = arguments[0]
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"saescope {version('saescope')}")
+        return
+    from activations.errors import InputError
+
+    try:
+        if verb not in VERBS:
+            raise InputError(f"sae has no verb {verb!r}: it knows {', '.join(VERBS)}.")
+        importlib.import_module(f"app.cli.{verb}").main(arguments[1:])
+    except InputError as error:
+        print(f"sae: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,16 @@
+"""From typed words to a dataclass, with errors in the house's form: one sentence, status 2."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
+    """Fill the dataclass ``kind`` from the words after ``sae VERB``.
+
+    tyro prints its own explanation of words that do not fit and exits with status 2.
+    """
+    return tyro.cli(kind, prog=f"sae {verb}", args=list(arguments), description=kind.__doc__)

@@ -1,0 +1,83 @@
+"""What the command line shows: stages, progress with a rate and a time left, tables."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False)
+_PLAIN_EVERY_SECONDS = 15.0
+
+
+def stage(text: str) -> None:
+    """Announce a stage."""
+    console.print(Text(text, style="bold"))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:>9,.0f} {task.fields['unit']}/s" if speed else "", style="dim")
+
+
+@contextmanager
+def progress(description: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then elsewhere (:class:`activations.progress.Progress`)."""
+    if not console.is_terminal:
+        with _plain_lines(description, total, unit) as step:
+            yield step
+        return
+    columns = (
+        TextColumn("  {task.description:<10}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, unit=unit)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def _plain_lines(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    begun = last = time.monotonic()
+    done = 0
+
+    def say(elapsed: float) -> None:
+        rate = done / max(elapsed, 1e-9)
+        left = f", {max(total - done, 0) / rate:,.0f} s left" if done < total and rate else ""
+        console.print(f"  {description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}", soft_wrap=True)
+
+    def step(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last > _PLAIN_EVERY_SECONDS:
+            last = now
+            say(now - begun)
+
+    yield step
+    say(time.monotonic() - begun)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; the first column is left-aligned, the others right-aligned."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2))
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="left" if number == 0 else "right", header_style="dim")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console.print(grid)
+
+
+def text_pair(left_title: str, left: str, right_title: str, right: str) -> None:
+    """Print two texts, one under the other, exactly as they are."""
+    for title, text in ((left_title, left), (right_title, right)):
+        console.print(Text(title, style="dim"))
+        for line in text.splitlines() or [""]:
+            console.print(Text("  │ " + line), soft_wrap=True)

@@ -1,0 +1,36 @@
+"""``sae train``: train, and evaluate when done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from app.cli.arguments import parse
+from sae.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a sparse autoencoder on the activations of a model, and measure it on held-out text."""
+
+    out: Path
+    """The run folder to make, or to continue."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the verb."""
+    given = parse(Arguments, "train", arguments)
+    from app.cli.report import print_evaluation
+    from app.cli.terminal import console, progress, stage
+    from features.pipeline import Pipeline
+
+    pipeline = Pipeline(given.out, given.train, progress=progress)
+    pipeline.start()
+    stage(f"Training on {given.train.tokens:,} tokens at {given.train.hook_name} of {given.train.model}")
+    sae = pipeline.train()
+    stage("Evaluating on the test split")
+    print_evaluation(pipeline.evaluate(sae))
+    console.print(f"\nThe SAE is in {pipeline.run.sae}. Next: sae index {given.out}", soft_wrap=True)

@@ -1,0 +1,205 @@
+"""A run in the hand: everything in a run folder behind one object, each part loaded when it is first asked for."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from activations.errors import InputError
+from activations.files import MANIFEST, read_json
+from features.labels import Label, Labels
+from sae.config import TrainConfig
+from sae.run import RunFolder, read_run_config
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from activations.edits import Edit
+    from activations.models import LanguageModel
+    from features.index import Example, FeatureIndex, TokenStatistic
+    from features.steering import Method, Unit
+    from sae.codes import SparseCodes
+    from sae.model import SparseAutoencoder
+
+T = TypeVar("T")
+_NORM_BLOCKS = 16  # blocks on which the mean norm at the hook is measured
+
+
+def open_run(path: str | Path, *, device: str | None = None) -> "Run":
+    """Open a run folder. Nothing heavy happens until a part is asked for; labels and index need no torch.
+
+    Args:
+        device: where model and SAE go; None takes the CUDA device if there is one, else the CPU.
+
+    Raises:
+        InputError: the folder is no run, or its ``run.toml`` is broken or newer than this version.
+    """
+    path = Path(path)
+    return Run(RunFolder(path), read_run_config(path), device)
+
+
+class Run:
+    """A trained SAE with its model, index, labels and metrics. Made by :func:`open_run`; threads may share it.
+
+    Attributes:
+        folder: where its files lie.
+        config: how it was made.
+    """
+
+    def __init__(self, folder: RunFolder, config: TrainConfig, device: str | None = None) -> None:
+        self.folder = folder
+        self.config = config
+        self._device = device
+        self._parts: dict[str, Any] = {}
+        self._lock = RLock()
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.folder.path.resolve().name
+
+    @property
+    def model(self) -> "LanguageModel":
+        """The language model.
+
+        Raises:
+            InputError: it cannot be loaded, or its weights are not those that the SAE was trained on.
+        """
+        return self._once("model", self._load_model)
+
+    @property
+    def sae(self) -> "SparseAutoencoder":
+        """The sparse autoencoder, on the run's device.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        return self._once("sae", self._load_sae)
+
+    @property
+    def index(self) -> "FeatureIndex":
+        """The feature index over the train split.
+
+        Raises:
+            InputError: it is missing or damaged, or belongs to another SAE.
+        """
+        return self._once("index", self._open_index)
+
+    @property
+    def labels(self) -> Labels:
+        """The labels.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return self._once("labels", lambda: Labels.open(self.folder.labels))
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The content of ``evaluation.json``.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        return self._once("evaluation", lambda: dict(read_json(self.folder.evaluation)))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, oldest first; empty if there are none yet."""
+        if not self.folder.metrics.is_file():
+            return []
+        lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.folder.metrics} is not valid JSON lines ({error}).") from None
+
+    @property
+    def residual_norm(self) -> float:
+        """Mean norm of the activation vectors at the hook, excluded positions left out: strength 1 in the unit
+        "residual". Measured once on the first blocks of the index."""
+        return self._once("residual_norm", self._measure_norm)
+
+    def feature(self, index: int) -> "Feature":
+        """One feature.
+
+        Raises:
+            InputError: there is no feature of that number.
+        """
+        if not 0 <= index < self.index.d_sae:
+            raise InputError(f"There is no feature {index}: {self.name} has the features 0 to {self.index.d_sae - 1}.")
+        return Feature(self, index)
+
+    def edit(self, strengths: Mapping[int, float], *, method: "Method" = "clamp", unit: "Unit" = "max") -> "Edit":
+        """The edit that steers these features; see :func:`features.steering.edit_features`."""
+        from features.steering import edit_features
+
+        known = [feature for feature in strengths if 0 <= feature < self.index.d_sae]
+        return edit_features(
+            self.sae,
+            strengths,
+            method=method,
+            unit=unit,
+            maxima={feature: float(self.index.max[feature]) for feature in known},
+            residual_norm=self.residual_norm if unit == "residual" else None,
+        )
+
+    def steered(
+        self, strengths: Mapping[int, float], *, method: "Method" = "clamp", unit: "Unit" = "max"
+    ) -> AbstractContextManager[None]:
+        """Hold features at given strengths while the model runs inside the block, in this thread only::
+
+            with run.steered({17: 2.0}):
+                run.model.generate("def ")
+
+        Args:
+            strengths: feature → strength; with ``method="clamp"`` and ``unit="max"``, 2.0 sets the feature's
+                activation to twice its maximum in the index.
+
+        Raises:
+            InputError: as for :func:`features.steering.edit_features`; at the end of the block, the hook never
+                fired although the model ran.
+        """
+        return self.model.edited(self.edit(strengths, method=method, unit=unit))
+
+    def trace(self, text: str) -> "Trace":
+        """Which features fire where in a text.
+
+        A text longer than the SAE's context is read in consecutive windows, which do not see each other.
+        Special tokens and outlier norms, which training left out, have no firing features.
+
+        Raises:
+            InputError: the text is empty.
+        """
+        from features.trace import trace_text
+
+        return trace_text(self.model, self.sae, text)
+
+    def _once(self, part: str, load: Callable[[], T]) -> T:
+        with self._lock:
+            if part not in self._parts:
+                self._parts[part] = load()
+            found: T = self._parts[part]
+            return found
+
+    def _load_model(self) -> "LanguageModel":
+        from activations.models import LanguageModel
+
+        model = LanguageModel.load(self.config.model, device=self._device)
+        expected = self._sae_metadata().get("model_hash")
+        if expected is not None and model.hash != expected:
+            raise InputError(
+                f"The weights of {self.config.model} are not those that the SAE in {self.folder.path} was trained on:"
+                " open the run with the model it was made with."
+            )
+        return model
+
+    def _load_sae(self) -> "SparseAutoencoder":
+        from activations.loading import resolve_device
+        from sae.model import SparseAutoencoder
+
+        return SparseAutoencoder.load(self.folder.sae).to(resolve_device(self._device))

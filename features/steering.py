@@ -1,0 +1,236 @@
+"""Changing the model through its features: edits, and default and steered text side by side.
+
+Every edit replaces exactly one term of ``x = Σ a_i · W_dec[i] + b_dec + error`` per feature, so everything the
+SAE does not explain stays::
+
+    add      x + s · W_dec[f]
+    clamp    x + (target − a_f) · W_dec[f],   a_f from the SAE's own encoding of x
+    ablate   x − a_f · W_dec[f],              which is clamp to 0
+
+Encoding the edited x again will in general give other features other activations too, and a concept may live on
+in the error or in neighbouring features: to ablate a feature is not to remove what it stands for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from activations.edits import Edit
+from activations.errors import InputError
+from activations.models import LanguageModel
+from sae.model import SparseAutoencoder
+
+Method = Literal["add", "clamp", "ablate"]
+Unit = Literal["max", "activation", "residual"]
+METHODS: tuple[Method, ...] = ("add", "clamp", "ablate")
+UNITS: tuple[Unit, ...] = ("max", "activation", "residual")
+
+
+def edit_for(
+    sae: SparseAutoencoder,
+    feature: int,
+    strength: float = 0.0,
+    *,
+    method: Method = "clamp",
+    unit: Unit = "max",
+    maximum: float | None = None,
+    residual_norm: float | None = None,
+) -> Edit:
+    """The edit that steers one feature; see :func:`edit_features`.
+
+    Args:
+        maximum: the feature's largest activation in the index, for ``unit="max"``.
+    """
+    maxima = None if maximum is None else {feature: maximum}
+    return edit_features(
+        sae, {feature: strength}, method=method, unit=unit, maxima=maxima, residual_norm=residual_norm
+    )
+
+
+def edit_features(
+    sae: SparseAutoencoder,
+    strengths: Mapping[int, float],
+    *,
+    method: Method = "clamp",
+    unit: Unit = "max",
+    maxima: Mapping[int, float] | None = None,
+    residual_norm: float | None = None,
+) -> Edit:
+    """One edit that steers several features of an SAE at once, at every position that the SAE was trained on.
+
+    All activations come from one encoding of the unedited x. Special tokens, padding (position −1) and positions
+    with a norm above the SAE's ``max_norm`` are left alone.
+
+    Args:
+        strengths: feature → strength. Ablating takes 0, the strength it stands for.
+        method: see the module.
+        unit: what strength 1 means: ``"max"`` the feature's maximum in the index, ``"activation"`` an activation
+            of 1, ``"residual"`` a vector as long as the mean activation vector at this hook.
+        maxima: feature → its maximum in the index, for ``unit="max"``.
+        residual_norm: mean norm of the activation vectors at this hook, for ``unit="residual"``.
+
+    Raises:
+        InputError: an unknown feature, method or unit, a strength that is no number, or a unit whose size is not
+            known.
+    """
+    targets = activation_targets(sae, strengths, method=method, unit=unit, maxima=maxima, residual_norm=residual_norm)
+    features = torch.tensor(list(targets), dtype=torch.int64)
+    amounts = torch.tensor(list(targets.values()), dtype=torch.float64)
+    steering = _Steering(sae, features, clamped=method != "add")
+
+    def apply(x: Tensor, positions: Tensor) -> Tensor:
+        return steering.apply(x, positions, amounts.expand(x.shape[0], -1))
+
+    return Edit(sae.hook_name, apply)
+
+
+def edit_rows(sae: SparseAutoencoder, features: Sequence[int], activations: Sequence[float], method: Method) -> Edit:
+    """An edit for a batch in which every sequence is steered by a feature of its own.
+
+    Used to try many features and strengths in one pass.
+
+    Args:
+        features: one per row of the batch. activations: strength of each, as an activation.
+        method: ``"add"`` or ``"clamp"``.
+    """
+    unique, slots = torch.tensor(features, dtype=torch.int64).unique(return_inverse=True)
+    steering = _Steering(sae, unique, clamped=method != "add")
+    amounts = torch.full((len(slots), len(unique)), float("nan"), dtype=torch.float64)
+    amounts[torch.arange(len(slots)), slots] = torch.tensor(activations, dtype=torch.float64)
+    return Edit(sae.hook_name, lambda x, positions: steering.apply(x, positions, amounts))
+
+
+def activation_targets(
+    sae: SparseAutoencoder,
+    strengths: Mapping[int, float],
+    *,
+    method: Method,
+    unit: Unit,
+    maxima: Mapping[int, float] | None,
+    residual_norm: float | None,
+) -> dict[int, float]:
+    """Strengths as activations of their features; arguments and errors as in :func:`edit_features`."""
+    if method not in METHODS:
+        raise InputError(f"There is no steering method {method!r}: it is one of {', '.join(METHODS)}.")
+    if unit not in UNITS:
+        raise InputError(f"There is no unit {unit!r} of strength: it is one of {', '.join(UNITS)}.")
+    if not strengths:
+        raise InputError("There is no feature to steer: give at least one.")
+    targets = {}
+    for feature, strength in strengths.items():
+        if not 0 <= feature < sae.d_sae:
+            raise InputError(f"There is no feature {feature}: this SAE has the features 0 to {sae.d_sae - 1}.")
+        if not abs(strength) < float("inf"):
+            raise InputError(f"The strength of feature {feature} is {strength}; it must be a finite number.")
+        if method == "ablate" and strength:
+            raise InputError(
+                f"Ablating feature {feature} sets it to 0 and takes no strength, but {strength} was given: leave it"
+                " at 0, or clamp."
+            )
+        targets[int(feature)] = strength * _size(sae, feature, unit, maxima, residual_norm) if strength else 0.0
+    return targets
+
+
+def _size(
+    sae: SparseAutoencoder,
+    feature: int,
+    unit: Unit,
+    maxima: Mapping[int, float] | None,
+    residual_norm: float | None,
+) -> float:
+    """The activation that strength 1 stands for."""
+    if unit == "activation":
+        return 1.0
+    if unit == "residual":
+        if residual_norm is None:
+            raise InputError('Strength in the unit "residual" needs residual_norm, the mean norm at the hook.')
+        return residual_norm / max(float(sae.W_dec[feature].norm()), 1e-12)
+    if maxima is None or feature not in maxima:
+        raise InputError(
+            f'Strength in the unit "max" needs the maximum of feature {feature} in the index: give it, or use the'
+            ' unit "activation".'
+        )
+    if not maxima[feature]:
+        raise InputError(
+            f"Feature {feature} never fired in the index, so that it has no maximum to measure strength by: use the"
+            ' unit "activation" or "residual".'
+        )
+    return float(maxima[feature])
+
+
+class _Steering:
+    """Adds to x what given amounts of some features are worth, or the difference to what they are already."""
+
+    def __init__(self, sae: SparseAutoencoder, features: Tensor, *, clamped: bool) -> None:
+        max_norm = sae.metadata.get("max_norm")
+        self.max_norm = float("inf") if max_norm is None else float(max_norm)
+        self.sae = sae
+        self.features = features
+        self.clamped = clamped
+        self.slot_of_feature = torch.full((sae.d_sae,), -1, dtype=torch.int64)
+        self.slot_of_feature[features] = torch.arange(len(features))
+
+    def apply(self, x: Tensor, positions: Tensor, amounts: Tensor) -> Tensor:
+        """``x [batch, pos, d_in]`` with ``amounts [batch, m]`` of the m features (nan: leave this one alone)."""
+        if self.sae.device != x.device:
+            self.sae = self.sae.to(x.device)
+            self.slot_of_feature = self.slot_of_feature.to(x.device)
+        kept = (positions >= 0) & (x.float().norm(dim=-1) <= self.max_norm)
+        rows = x[kept]
+        directions = self.sae.W_dec[self.features.to(x.device)]
+        # Half precision is edited in the SAE's own, and float64 stays float64.
+        dtype = torch.promote_types(x.dtype, directions.dtype)
+        change = amounts.to(x.device, dtype)[kept.nonzero()[:, 0]]
+        if self.clamped:
+            change = change - self._activations(rows).to(dtype)
+        edited = x.clone()
+        edited[kept] = (rows.to(dtype) + change.nan_to_num(nan=0.0) @ directions.to(dtype)).to(x.dtype)
+        return edited
+
+    def _activations(self, rows: Tensor) -> Tensor:
+        """Activations ``[n, m]`` of the m features; a TopK feature fires or not by comparison with all others."""
+        token, feature, value = self.sae.encode(rows).entries()
+        slot = self.slot_of_feature[feature]
+        mine = slot >= 0
+        activations = value.new_zeros(len(rows), len(self.features))
+        activations[token[mine], slot[mine]] = value[mine]
+        return activations
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Two continuations of one prompt from the same seed; neither contains the prompt."""
+
+    prompt: str
+    default: str
+    steered: str
+
+
+def steer(
+    model: LanguageModel,
+    edits: Sequence[Edit],
+    prompt: str,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Steered:
+    """Continue a prompt without and with ``edits``, from the same seed.
+
+    Raises:
+        InputError: sampling settings out of range, a prompt that is too long, or an edit whose hook never fires.
+    """
+
+    def write() -> str:
+        return model.generate(
+            prompt, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+        )[0]
+
+    default = write()
+    with model.edited(*edits):
+        return Steered(prompt, default, write())

@@ -1,0 +1,226 @@
+"""The hot path: encode and select, decode, and their gradients, without a whole ``[n, d_sae]`` tensor.
+
+One TopK training step needs one dense product (pre-activations); everything else touches only the n·k selected
+entries. The two autograd functions here share one transposed structure (:class:`sae.codes.Pattern`), so the
+sort by feature happens once per step. Costs and the sources of the tricks: ``docs/design.md``, "The hot path".
+
+Weights are kept row-major by feature: ``W_enc`` is passed here as ``[d_sae, d_in]`` (``encoder_rows``), the
+transpose of its usual form, so that a feature's encoder and decoder are both contiguous rows.
+"""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from sae.codes import Pattern, SparseCodes
+
+_TILE_BYTES = 4 << 20  # of pre-activations: two tiles and the weights stay in the last-level cache
+_GROUP = 16
+
+_workspace = threading.local()
+
+
+def tile_rows(d_sae: int, itemsize: int = 4) -> int:
+    """How many rows of pre-activations are computed at a time."""
+    return max(16, _TILE_BYTES // (d_sae * itemsize))
+
+
+def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A scratch tensor that is reused from call to call: fresh pages cost more than the arithmetic on them."""
+    size = 1
+    for n in shape:
+        size *= n
+    key = (name, like.dtype, like.device)
+    buffers = _workspace.__dict__.setdefault("buffers", {})
+    if key not in buffers or buffers[key].numel() < size:
+        buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return buffers[key][:size].view(shape)
+
+
+def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row, exactly, in two stages.
+
+    View the row as 16 strided runs of ``d_sae / 16`` and take the maximum across the runs (vectorised): the k
+    largest entries lie within the k groups with the largest maxima, so only ``16 k`` candidates remain.
+
+    Args:
+        tile: ``[rows, d_sae]``.
+
+    Returns:
+        values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order.
+    """
+    rows, d_sae = tile.shape
+    n_groups = d_sae // _GROUP
+    if tile.is_cuda or d_sae % _GROUP or n_groups < 2 * k:
+        return tile.topk(k, dim=1, sorted=False)
+    runs = tile.view(rows, _GROUP, n_groups)
+    maxima = torch.amax(runs, dim=1, out=_buffer("maxima", (rows, n_groups), tile))
+    groups = maxima.topk(k, dim=1, sorted=False).indices
+    columns = (groups[:, None, :] + _strides(n_groups, tile.device)).view(rows, _GROUP * k)
+    candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _GROUP * k), tile))
+    values, positions = candidates.topk(k, dim=1, sorted=False)
+    return values, columns.gather(1, positions)
+
+
+def _strides(n_groups: int, device: torch.device) -> Tensor:
+    return torch.arange(0, _GROUP * n_groups, n_groups, device=device)[:, None]
+
+
+def encode_topk(
+    centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations and selection, tile by tile; no gradient.
+
+    Args:
+        centred: ``[n, d_in]``, the input minus b_dec.
+        encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``. k: how many to keep per row.
+        relu: clip the selected values at 0.
+
+    Returns:
+        values ``[n, k]`` and int32 indices ``[n, k]``.
+    """
+    n, d_sae = len(centred), len(encoder_rows)
+    values = centred.new_empty(n, k)
+    indices = torch.empty(n, k, dtype=torch.int32, device=centred.device)
+    step = tile_rows(d_sae, centred.element_size())
+    for start in range(0, n, step):
+        rows = centred[start : start + step]
+        tile = _buffer("tile", (len(rows), d_sae), centred)
+        torch.addmm(encoder_bias, rows, encoder_rows.t(), out=tile)
+        tile_values, tile_indices = topk_of_tile(tile, k)
+        values[start : start + step] = tile_values
+        indices[start : start + step] = tile_indices
+    return (values.relu_() if relu else values), indices
+
+
+class _Encode(torch.autograd.Function):
+    """Gives selected pre-activations their gradients; selecting and computing them happened before."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, b_dec: Tensor, rows: Tensor, bias: Tensor, values: Tensor, centred: Tensor, pattern: Pattern, relu: bool
+    ) -> Tensor:
+        ctx.save_for_backward(rows, values, centred)
+        ctx.pattern, ctx.relu = pattern, relu
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, values, centred = ctx.saved_tensors
+        grad = grads[0] * (values > 0) if ctx.relu else grads[0]
+        d_rows = ctx.pattern.transposed.weighted_sums(centred, grad)
+        d_bias = torch.zeros_like(rows[:, 0]).index_add_(0, ctx.pattern.indices.flatten(), grad.flatten())
+        # The gradient of b_dec needs no [n, d_in] gather: Σ_n Σ_i g_ni W_i = (Σ_n g_n) · W.
+        return -(d_bias @ rows), d_rows, d_bias, None, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(values, decoder)
+        ctx.pattern = pattern
+        return _gather_sum(values, pattern, decoder).add_(b_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, decoder = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        d_values = gathered_dots(grad, decoder, ctx.pattern) if ctx.needs_input_grad[0] else None
+        d_decoder = ctx.pattern.transposed.weighted_sums(grad, values)
+        return d_values, d_decoder, grad.sum(0), None
+
+
+def _gather_sum(values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
+    """``Σ_j values[r, j] · table[indices[r, j]]`` for every row r: ``[n, d]``."""
+    if pattern.row_offsets is None:
+        return embedding_bag(pattern.indices, table, mode="sum", per_sample_weights=values)
+    offsets = pattern.row_offsets[:-1].to(pattern.indices.dtype)
+    return embedding_bag(pattern.indices, table, offsets, mode="sum", per_sample_weights=values)
+
+
+def gathered_dots(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
+    """Dot products of each row with the table rows that its pattern selects, without an ``[n, k, d]`` tensor.
+
+    Args:
+        left: ``[n, d]``. right: ``[d_sae, d]``.
+
+    Returns:
+        ``left[r] · right[indices[r, j]]``, in the shape of ``pattern.indices``.
+    """
+    kernel = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+    rows = pattern.rows().int()
+    if kernel is None:  # a private name of PyTorch: the plain form costs an [nnz, d] tensor per chunk
+        return _gathered_dots_plain(left, right, pattern)
+    if pattern.row_offsets is None:
+        n, k = pattern.indices.shape
+        offsets = torch.arange(0, n * k, k, dtype=torch.int32, device=left.device)
+    else:
+        offsets = pattern.row_offsets[:-1].int()
+    return kernel(left, right, pattern.indices.flatten(), offsets, rows, 0).view(pattern.indices.shape)
+
+
+def _gathered_dots_plain(left: Tensor, right: Tensor, pattern: Pattern, chunk: int = 65_536) -> Tensor:
+    rows, features = pattern.rows(), pattern.indices.flatten()
+    dots = [
+        (left[rows[i : i + chunk]] * right[features[i : i + chunk]]).sum(-1) for i in range(0, len(features), chunk)
+    ]
+    return torch.cat(dots).view(pattern.indices.shape)
+
+
+def topk_codes(
+    x: Tensor, b_dec: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
+) -> SparseCodes:
+    """TopK encoder with gradients: ``topk(relu((x − b_dec) W_enc + b_enc))`` (Gao et al. 2024, 2406.04093).
+
+    Args:
+        x: ``[n, d_in]`` (receives no gradient). b_dec: ``[d_in]``. encoder_rows: ``[d_sae, d_in]``.
+        encoder_bias: ``[d_sae]``. relu: whether selected values are clipped at 0.
+
+    Returns:
+        codes in the fixed layout, ``values`` differentiable; entries clipped at 0 stay in place.
+    """
+    with torch.no_grad():
+        centred = x - b_dec
+        values, indices = encode_topk(centred, encoder_rows, encoder_bias, k, relu=relu)
+    pattern = Pattern(len(encoder_rows), indices)
+    return SparseCodes(pattern, _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu))
+
+
+def encode_relu(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> SparseCodes:
+    """``relu(centred · W_enc + b_enc)`` as ragged codes, tile by tile; no gradient. Arguments as in encode_topk."""
+    parts = []
+    step = tile_rows(len(encoder_rows), centred.element_size())
+    for start in range(0, len(centred), step):
+        rows = centred[start : start + step]
+        tile = _buffer("tile", (len(rows), len(encoder_rows)), centred)
+        torch.addmm(encoder_bias, rows, encoder_rows.t(), out=tile)
+        parts.append(SparseCodes.from_dense(tile.relu_()))
+    return SparseCodes.concatenate(parts)
+
+
+def relu_codes(x: Tensor, b_dec: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> SparseCodes:
+    """ReLU encoder with gradients, ragged codes; worth it once few features fire (see :mod:`sae.dense_tiles`).
+
+    Args:
+        x: ``[n, d_in]`` (receives no gradient); the rest as in :func:`topk_codes`.
+    """
+    with torch.no_grad():
+        centred = x - b_dec
+        codes = encode_relu(centred, encoder_rows, encoder_bias)
+    values = _Encode.apply(b_dec, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, False)
+    return SparseCodes(codes.pattern, values)
+
+
+def decode(codes: SparseCodes, decoder: Tensor, b_dec: Tensor) -> Tensor:
+    """``Σ_i f_i · W_dec[i] + b_dec``, differentiable in the values, the decoder and b_dec.
+
+    Args:
+        decoder: ``[d_sae, d_in]``. b_dec: ``[d_in]``.
+
+    Returns:
+        ``[n, d_in]``.
+    """
+    return _Decode.apply(codes.values, decoder, b_dec, codes.pattern)

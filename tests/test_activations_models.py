@@ -1,0 +1,361 @@
+"""Loading a model, its dimensions and hash, capturing, and one clear sentence for what cannot be."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    ARCHITECTURES,
+    CONTEXT_LENGTH,
+    one_thread,
+    padding_mask,
+    random_ids,
+    tiny_hf_model,
+    tiny_language_model,
+    tiny_tokenizer,
+)
+
+from activations import loading
+from activations.errors import InputError
+from activations.files import hash_files, hash_tensors
+from activations.models import LanguageModel
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny_hf_model("llama")
+    model.generation_config.eos_token_id = [0, 7]
+    model.half().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved model to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def refusal(name: str | Path, **options: Any) -> str:
+    """The sentence with which loading is refused."""
+    with pytest.raises(InputError) as error:
+        LanguageModel.load(str(name), **options)
+    return str(error.value)
+
+
+def test_a_local_folder(saved: Path) -> None:
+    model = LanguageModel.load(str(saved), device="cpu")
+    assert model.name == str(saved)
+    assert (model.n_layers, model.d_model, model.n_heads, model.d_head) == (3, 32, 4, 10)
+    assert (model.d_vocab, model.context_length) == (320, CONTEXT_LENGTH)
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32  # the checkpoint is float16, which is slow on a CPU
+    assert LanguageModel.load(str(saved), dtype=torch.float16, device="cpu").dtype == torch.float16
+    assert model.tokenizer.eos_ids == {0, 7}  # from generation_config.json
+    assert model.hash == hash_files([saved / "model.safetensors"])
+    ids = random_ids(1, 5)
+    reference = tiny_hf_model("llama")
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.half())
+        expected = reference(ids).logits
+    torch.testing.assert_close(model.logits(ids), expected, rtol=0, atol=0)
+
+
+def test_hash_of_a_model_in_memory() -> None:
+    hf_model = tiny_hf_model("gpt2")
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), "mine")
+    assert (model.name, model.hash) == ("mine", hash_tensors(hf_model.state_dict()))
+    assert LanguageModel.from_hf(tiny_hf_model("gpt2", seed=1), tiny_tokenizer(), "mine").hash != model.hash
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hook_widths(architecture: str) -> None:
+    widths = tiny_language_model(architecture).hook_widths()
+    z = 40 if architecture == "llama" else 32  # the tiny Llama's heads are wider than d_model / n_heads
+    block = {
+        "hook_resid_pre": 32,
+        "attn.hook_z": z,
+        "hook_attn_out": 32,
+        "hook_resid_mid": 32,
+        "mlp.hook_post": 72,
+        "hook_mlp_out": 32,
+        "hook_resid_post": 32,
+    }
+    if architecture == "gpt_neox":
+        del block["hook_resid_mid"]
+    expected = {f"blocks.{layer}.{name}": width for layer in range(3) for name, width in block.items()}
+    assert list(widths.items()) == list(expected.items())
+
+
+def test_capture_stops_after_the_last_hook_asked_for() -> None:
+    hf_model = tiny_hf_model("llama")
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), "tiny")
+    ran: list[int] = []
+    for index, layer in enumerate(hf_model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    model.capture(random_ids(1, 4), ["blocks.1.hook_resid_mid", "blocks.0.hook_resid_post"])
+    assert ran == [0]
+    assert model.capture(random_ids(1, 4), []) == {}
+    assert ran == [0]
+
+
+def test_captured_tensors_are_free_of_autograd_but_can_be_trained_on() -> None:
+    x = tiny_language_model("llama").capture(random_ids(1, 4), ["blocks.1.hook_resid_post"])
+    value = x["blocks.1.hook_resid_post"]
+    assert not value.requires_grad
+    weight = torch.ones(32, requires_grad=True)
+    (value * weight).sum().backward()  # an inference-mode tensor could not be saved for this
+    assert weight.grad is not None
+
+
+def test_captures_from_several_threads() -> None:
+    model = tiny_language_model("gpt2")
+    hook = "blocks.2.hook_resid_post"
+    batches = [random_ids(2, 6, seed) for seed in range(12)]
+    expected = [model.capture(ids, [hook])[hook] for ids in batches]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(start: int) -> None:
+        for index in range(start, len(batches), 3):
+            found[index] = model.capture(batches[index], [hook])[hook]
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[index], x) for index, x in enumerate(expected))
+
+
+HOOK_SENTENCES = [
+    (
+        "llama",
+        "blocks.1.hook_resid_posst",
+        "blocks.1.hook_resid_posst does not exist; did you mean blocks.1.hook_resid_post?",
+    ),
+    (
+        "llama",
+        "blocks.3.hook_resid_post",
+        "blocks.3.hook_resid_post does not exist: the layers of this model are 0 to 2.",
+    ),
+    (
+        "gpt2",
+        "blocks.1.attn.hook_x",
+        "blocks.1.attn.hook_x does not exist; did you mean blocks.1.attn.hook_z?",
+    ),
+    (
+        "gpt2",
+        "residual",
+        "residual does not exist: hooks bear TransformerLens names such as blocks.1.hook_resid_post.",
+    ),
+    (
+        "gpt_neox",
+        "blocks.1.hook_resid_mid",
+        "blocks.1.hook_resid_mid does not exist: attention and MLP of this model read the block's input in"
+        " parallel; the nearest hook is blocks.1.hook_resid_pre.",
+    ),
+]
+
+
+@pytest.mark.parametrize("path", ["sdpa", "auto", "bridge"])
+@pytest.mark.parametrize(("architecture", "hook", "sentence"), HOOK_SENTENCES)
+def test_hooks_that_do_not_exist(architecture: str, hook: str, sentence: str, path: Any) -> None:
+    model = tiny_language_model(architecture, path)
+    for call in (lambda: model.width(hook), lambda: model.capture(random_ids(1, 4), [hook])):
+        with pytest.raises(InputError) as error:
+            call()
+        assert str(error.value) == sentence
+
+
+def test_hooks_that_no_sae_can_be_trained_on() -> None:
+    model = tiny_language_model("llama")
+    with pytest.raises(InputError) as error:
+        model.width("blocks.0.attn.hook_pattern")
+    assert str(error.value) == (
+        "blocks.0.attn.hook_pattern gives a tensor of 4 dimensions, not one vector for each token: choose a"
+        " hook such as hook_resid_post, hook_mlp_out or attn.hook_z."
+    )
+    with pytest.raises(InputError) as error:
+        model.capture(random_ids(1, 4), ["blocks.0.hook_resid_post", "blocks.0.attn.hook_result"])
+    assert str(error.value) == (
+        "blocks.0.attn.hook_result did not fire: this model does not compute it in a forward pass."
+    )
+    with pytest.raises(InputError) as error:
+        tiny_language_model("llama", "sdpa").width("blocks.0.attn.hook_pattern")
+    assert str(error.value).startswith("blocks.0.attn.hook_pattern does not exist; did you mean blocks.0.")
+
+
+def test_ids_that_cannot_be_read() -> None:
+    model = tiny_language_model("llama")
+    hook = ["blocks.0.hook_resid_post"]
+    cases = [
+        (
+            lambda: model.capture(random_ids(1, CONTEXT_LENGTH + 1), hook),
+            "A sequence of 65 tokens exceeds the model's context of 64 tokens.",
+        ),
+        (
+            lambda: model.logits(random_ids(1, 4)[0]),
+            "Token ids have shape (4,); they must be [batch, pos] with at least one position.",
+        ),
+        (
+            lambda: model.logits(torch.empty(1, 0)),
+            "Token ids have shape (1, 0); they must be [batch, pos] with at least one position.",
+        ),
+        (
+            lambda: model.logits(random_ids(2, 4), attention_mask=padding_mask([4], "left")),
+            "The attention mask has shape (1, 4); it must be (2, 4), the shape of the token ids.",
+        ),
+    ]
+    for call, sentence in cases:
+        with pytest.raises(InputError) as error:
+            call()
+        assert str(error.value) == sentence
+
+
+GIVE_FOLDER = "give the path of a folder that holds config.json, safetensors weights and a tokenizer"
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    assert refusal(missing) == (
+        f"There is no folder {missing}, and it is no hub name either: give 'builtin', the path of a model"
+        " folder or a name such as openai-community/gpt2."
+    )
+    file = tmp_path / "weights.txt"
+    file.touch()
+    assert refusal(file) == (
+        f"{file} is a file, not a model: give the folder that holds config.json, safetensors weights and a"
+        " tokenizer."
+    )
+    assert refusal(tmp_path) == (
+        f"{tmp_path} is not a model: it has no config.json beside safetensors weights and a tokenizer."
+    )
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    with socket.socket() as silent:  # accepts connections and never says a word
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        assert loading.HUB_DEADLINE <= 8  # seconds, so that with the imports it fails within ten
+        monkeypatch.setattr(loading, "HUB_DEADLINE", 0.3)
+        start = time.monotonic()
+        assert refusal("someone/model") == (
+            "someone/model is no folder, and the Hugging Face hub cannot be reached to look for a model of"
+            f" that name: {GIVE_FOLDER}."
+        )
+        assert time.monotonic() - start < 5
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_damaged_folders(folder: Path) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, settings = weights.read_bytes(), config.read_text()
+
+    weights.write_bytes(whole[:-100])
+    assert refusal(folder) == f"{weights} is damaged or not a safetensors file: fetch it again."
+    weights.write_bytes(b"not weights")
+    assert refusal(folder) == f"{weights} is damaged or not a safetensors file: fetch it again."
+    weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle would stand here")
+    assert refusal(folder) == (
+        f"{folder} holds no weights: a model needs *.safetensors files (no other format is read)."
+    )
+
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    assert refusal(folder) == (
+        f"The weights in {folder} do not belong to its config.json: model.layers.1.mlp.up_proj.weight is"
+        " missing (1 in all)."
+    )
+    weights.write_bytes(whole)
+
+    config.write_text(json.dumps(json.loads(settings) | {"hidden_size": 64}))
+    assert refusal(folder).startswith(f"The model in {folder} cannot be read: ")
+    config.write_text("{")
+    assert refusal(folder).startswith(f"{config} is not valid JSON (")
+    config.write_text(settings)
+
+    (folder / "tokenizer.json").write_text("{}")
+    assert refusal(folder).startswith(f"The tokenizer in {folder} cannot be read: ")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "okenizer" in refusal(folder)
+
+
+def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (folder / "evil.py").write_text(
+        f"open({str(trace)!r}, 'w')\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "cannot be read: " in refusal(folder)
+    assert not trace.exists()
+
+
+def test_choices_that_do_not_exist(saved: Path) -> None:
+    assert refusal(saved, path="fast") == "path is 'fast'; it must be 'auto', 'sdpa' or 'bridge'."
+    assert refusal(saved, device="tpu9") == (
+        "The device 'tpu9' is not available on this machine; 'cpu' always is."
+    )
+
+
+def test_architectures_off_the_sdpa_path_run_on_the_bridge() -> None:
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        vocab_size=320,
+        max_position_embeddings=CONTEXT_LENGTH,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    hf_model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError) as error:
+        LanguageModel.from_hf(hf_model, tiny_tokenizer(), "tiny", path="sdpa")
+    assert str(error.value) == (
+        "The SDPA path serves llama, gpt2, gpt_neox models, and tiny is of type qwen3: load it with path"
+        " 'auto' or 'bridge'."
+    )
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), "tiny")
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        states = hf_model(ids, output_hidden_states=True)
+    found = model.capture(ids, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"]
+    torch.testing.assert_close(found, states.hidden_states[1], rtol=1e-4, atol=1e-6)
+    assert model.hook_widths() == {}
+    assert model.width("blocks.1.attn.hook_z") == 32
+    torch.testing.assert_close(model.logits(ids), states.logits, rtol=0, atol=0)

@@ -1,0 +1,235 @@
+"""The SDPA path against TransformerLens' bridge, transformers' own hidden states, and sums."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Literal
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    one_thread,
+    padding_mask,
+    random_ids,
+    tiny_hf_model,
+    tiny_language_model,
+    tiny_tokenizer,
+)
+
+from activations.edits import Edit
+from activations.models import LanguageModel
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@cache
+def both_paths(architecture: str, attention: str) -> tuple[LanguageModel, LanguageModel]:
+    hf_model = tiny_hf_model(architecture, attention)
+    sdpa = LanguageModel.from_hf(hf_model, tiny_tokenizer(), architecture, path="sdpa")
+    bridge = LanguageModel.from_hf(hf_model, tiny_tokenizer(), architecture, path="bridge")
+    return sdpa, bridge
+
+
+def assert_agree(a: torch.Tensor, b: torch.Tensor, relative: float) -> None:
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= relative * b.abs().max()
+
+
+# Bitwise with eager attention, except that the bridge splits GPT-2's fused query-key-value product; the
+# bridge computes attention eagerly, so SDPA differs from it by rounding.
+TOLERANCES = [("eager", {"gpt2": 1e-6}, 0.0), ("sdpa", {}, 1e-5)]
+
+
+@pytest.mark.parametrize(("attention", "special", "default"), TOLERANCES, ids=["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_both_paths_agree(
+    architecture: str, padding: str, attention: str, special: dict[str, float], default: float
+) -> None:
+    sdpa, bridge = both_paths(architecture, attention)
+    tolerance = special.get(architecture, default)
+    ids = random_ids(3, 12)
+    mask = None if padding == "none" else padding_mask([12, 7, 1], padding)
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    names = list(sdpa.hook_widths())
+    here = sdpa.capture(ids, names, attention_mask=mask)
+    there = bridge.capture(ids, names, attention_mask=mask)
+    assert here.keys() == there.keys() == set(names)
+    for name in names:
+        assert here[name].shape == (3, 12, sdpa.width(name))
+        assert_agree(here[name][real], there[name][real], tolerance)
+    assert_agree(
+        sdpa.logits(ids, attention_mask=mask)[real], bridge.logits(ids, attention_mask=mask)[real], tolerance
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sites_equal_what_transformers_and_arithmetic_say(architecture: str) -> None:
+    hf_model = tiny_hf_model(architecture)
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), architecture)
+    ids = random_ids(2, 10)
+    x = model.capture(ids, list(model.hook_widths()))
+    with torch.no_grad():
+        output = hf_model(ids, output_hidden_states=True)
+        for layer in range(model.n_layers):
+            block = f"blocks.{layer}."
+            torch.testing.assert_close(
+                x[block + "hook_resid_pre"], output.hidden_states[layer], rtol=0, atol=0
+            )
+            if layer + 1 < model.n_layers:  # the last of transformers' states is taken after the final norm
+                torch.testing.assert_close(
+                    x[block + "hook_resid_post"], output.hidden_states[layer + 1], rtol=0, atol=0
+                )
+            parts = x[block + "hook_resid_pre"] + x[block + "hook_attn_out"]
+            if block + "hook_resid_mid" in x:
+                torch.testing.assert_close(x[block + "hook_resid_mid"], parts)
+            torch.testing.assert_close(x[block + "hook_resid_post"], parts + x[block + "hook_mlp_out"])
+        gain, unembedding = model.logit_lens_weights()
+        last = x[f"blocks.{model.n_layers - 1}.hook_resid_post"]
+        if architecture == "llama":  # RMSNorm has no mean and no bias
+            scale = (last.pow(2).mean(-1, keepdim=True) + hf_model.config.rms_norm_eps).rsqrt()
+            torch.testing.assert_close((last * scale * gain) @ unembedding, output.logits)
+        else:
+            norm = (
+                hf_model.base_model.final_layer_norm if "neox" in architecture else hf_model.base_model.ln_f
+            )
+            centred = last - last.mean(-1, keepdim=True)
+            scale = (last.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+            torch.testing.assert_close((centred * scale * gain + norm.bias) @ unembedding, output.logits)
+    torch.testing.assert_close(model.logits(ids), output.logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "projection", "mlp_projection"),
+    [
+        ("llama", "self_attn.o_proj", "mlp.down_proj"),
+        ("gpt2", "attn.c_proj", "mlp.c_proj"),
+        ("gpt_neox", "attention.dense", "mlp.dense_4h_to_h"),
+    ],
+)
+def test_z_and_post_are_what_the_projections_read(
+    architecture: str, projection: str, mlp_projection: str
+) -> None:
+    hf_model = tiny_hf_model(architecture)
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), architecture)
+    names = ["attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out"]
+    x = model.capture(random_ids(2, 10), [f"blocks.1.{name}" for name in names])
+    z, attn_out, post, mlp_out = x.values()
+    block = hf_model.base_model.get_submodule("h.1" if architecture == "gpt2" else "layers.1")
+    with torch.no_grad():
+        torch.testing.assert_close(block.get_submodule(projection)(z), attn_out)
+        torch.testing.assert_close(block.get_submodule(mlp_projection)(post), mlp_out)
+    assert z.shape[-1] == model.n_heads * model.d_head == (40 if architecture == "llama" else 32)
+    assert post.shape[-1] == 72
+
+
+@pytest.mark.parametrize("path", ["sdpa", "bridge"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padded_row_equals_the_row_alone(
+    architecture: str, side: str, path: Literal["sdpa", "bridge"]
+) -> None:
+    model = tiny_language_model(architecture, path)
+    lengths = [12, 5]
+    ids, mask = random_ids(2, 12), padding_mask(lengths, side)
+    hook = "blocks.2.hook_resid_post"
+    together = model.capture(ids, [hook], attention_mask=mask)[hook]
+    logits = model.logits(ids, attention_mask=mask)
+    for row in range(2):
+        real = mask[row].bool()
+        alone = ids[row][real][None]
+        torch.testing.assert_close(together[row][real], model.capture(alone, [hook])[hook][0])
+        torch.testing.assert_close(logits[row][real], model.logits(alone)[0])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_edits_act_alike_on_both_paths(architecture: str) -> None:
+    sdpa, bridge = both_paths(architecture, "eager")
+    ids = random_ids(2, 9)
+    plain = sdpa.logits(ids)
+    for name in (n for n in sdpa.hook_widths() if n.startswith("blocks.1.")):
+        direction = torch.randn(sdpa.width(name), generator=torch.Generator().manual_seed(1))
+
+        def steer(x: torch.Tensor, positions: torch.Tensor, d: torch.Tensor = direction) -> torch.Tensor:
+            return x * 0.5 + d * (positions % 2 == 0)[..., None]
+
+        with sdpa.edited(Edit(name, steer)):
+            here = sdpa.logits(ids)
+        with bridge.edited(Edit(name, steer)):
+            there = bridge.logits(ids)
+        assert (here - plain).abs().max() > 0.01, name
+        assert_agree(here, there, 1e-5)
+    torch.testing.assert_close(sdpa.logits(ids), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", ["sdpa", "bridge"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox_sequential"])
+def test_edit_of_resid_mid_changes_the_residual_stream(
+    architecture: str, path: Literal["sdpa", "bridge"]
+) -> None:
+    """Adding v after attention equals adding v to its output: it reaches the MLP *and* the residual."""
+    model = tiny_language_model(architecture, path)
+    ids, v = random_ids(2, 9), torch.randn(32, generator=torch.Generator().manual_seed(2))
+    results = []
+    for site in ("hook_resid_mid", "hook_attn_out"):
+        with model.edited(Edit(f"blocks.1.{site}", lambda x, positions: x + v)):
+            results.append(model.logits(ids))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_auto_path_starts_a_bridge_for_other_hooks(architecture: str) -> None:
+    hf_model = tiny_hf_model(architecture)
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), architecture)
+    ids = random_ids(2, 9)
+    before = model.logits(ids)
+    names = ["blocks.1.attn.hook_pattern", "blocks.1.hook_resid_post", "blocks.1.ln2.hook_normalized"]
+    x = model.capture(ids, names)
+    pattern = x["blocks.1.attn.hook_pattern"]
+    assert pattern.shape == (2, 4, 9, 9)
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 9))
+    assert pattern.triu(1).abs().max() == 0  # causal
+    resid = model.capture(ids, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
+    assert_agree(x["blocks.1.hook_resid_post"], resid, 1e-5)
+    assert model.width("blocks.1.ln2.hook_normalized") == 32
+    # The bridge has a rewired copy: the model itself still runs SDPA attention, to the same bits.
+    assert hf_model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model.logits(ids), before, rtol=0, atol=0)
+
+
+def test_edit_at_a_bridge_hook_under_auto() -> None:
+    """Uniform attention, set by hand at the pattern, equals the mean of the values so far."""
+    model = LanguageModel.from_hf(tiny_hf_model("gpt2"), tiny_tokenizer(), "tiny")
+    ids = random_ids(1, 6)
+    uniform = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
+    with model.edited(Edit("blocks.0.attn.hook_pattern", lambda x, positions: uniform.expand_as(x))):
+        x = model.capture(ids, ["blocks.0.attn.hook_v", "blocks.0.attn.hook_z"])
+    values = x["blocks.0.attn.hook_v"].flatten(2)
+    expected = values.cumsum(1) / torch.arange(1, 7)[None, :, None]
+    torch.testing.assert_close(x["blocks.0.attn.hook_z"], expected)
+
+
+def test_existing_bridge() -> None:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    hf_model = tiny_hf_model("llama", "eager")
+    plain = LanguageModel.from_hf(tiny_hf_model("llama", "eager"), tiny_tokenizer(), "tiny")
+    bridge = build_bridge_from_module(
+        hf_model, "LlamaForCausalLM", hf_config=hf_model.config, tokenizer=tiny_tokenizer(), model_name="mine"
+    )
+    model = LanguageModel.from_bridge(bridge)
+    ids = random_ids(2, 8)
+    assert (model.name, model.n_layers, model.d_model, model.d_vocab) == ("mine", 3, 32, 320)
+    hooks = list(plain.hook_widths())
+    here, there = plain.capture(ids, hooks), model.capture(ids, hooks)
+    assert all(torch.equal(here[name], there[name]) for name in hooks)
+    assert {name: model.width(name) for name in hooks} == plain.hook_widths()
+    for a, b in zip(plain.logit_lens_weights(), model.logit_lens_weights(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert model.generate(
+        ["def ", "import os"], temperature=0, max_new_tokens=8, bos=False
+    ) == plain.generate(["def ", "import os"], temperature=0, max_new_tokens=8)
