@@ -3,12 +3,12 @@
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ BLOCKS_PER_BATCH_CPU = 4
 BLOCKS_PER_BATCH_GPU = 64
 
 BlockRange = tuple[int, int]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def blocks_per_batch(model: "LanguageModel") -> int:
@@ -62,35 +65,44 @@ def capture_ranges(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Activations of blocks ``start`` to ``stop`` for each of ``ranges``, in that order.
 
-    On a CPU the batches are shared out among ``n_workers`` Python threads (as many as PyTorch has threads by
-    default), each of which computes on one thread: half again as fast as splitting every product of a small
-    model among them, and the same numbers whatever their number. Edits in force (``model.edited``) hold in
-    all.
+    Shared out among Python threads as :func:`in_order` says. Edits in force (``model.edited``) hold in all.
     """
 
-    def capture(start: int, stop: int) -> tuple[int, dict[str, Tensor]]:
-        mask = blocks.attention_mask(start, stop)
-        ids = blocks.ids_tensor(start, stop).to(model.device)
+    def capture(block_range: BlockRange) -> tuple[int, dict[str, Tensor]]:
+        mask = blocks.attention_mask(*block_range)
+        ids = blocks.ids_tensor(*block_range).to(model.device)
         mask = None if mask is None else mask.to(model.device)
-        return start, model.capture(ids, hook_names, attention_mask=mask)
+        return block_range[0], model.capture(ids, hook_names, attention_mask=mask)
 
-    if model.device.type != "cpu":
-        yield from (capture(*block_range) for block_range in ranges)
+    return in_order(model.device, capture, ranges, n_workers=n_workers)
+
+
+def in_order(
+    device: torch.device, work: Callable[[T], R], items: Iterable[T], *, n_workers: int | None = None
+) -> Iterator[R]:
+    """``work(item)`` for each of ``items``, in their order.
+
+    On a CPU the items are shared out among ``n_workers`` Python threads (as many as PyTorch has threads by
+    default), each of which computes on one thread: half again as fast as splitting every product of a small
+    model among them, and the same numbers whatever their number. Each call sees the context variables of the
+    caller.
+    """
+    if device.type != "cpu":
+        yield from map(work, items)
         return
 
     n_workers = n_workers or torch.get_num_threads()
     with _single_threaded_workers(n_workers) as pool:
-        pending: deque[Future[tuple[int, dict[str, Tensor]]]] = deque()
-        remaining = iter(ranges)
+        pending: deque[Future[R]] = deque()
+        remaining = iter(items)
 
         def submit(count: int) -> None:
-            for start, stop in islice(remaining, count):
-                # A context can be entered by one thread at a time: each batch has its own copy.
-                context = contextvars.copy_context()
-                pending.append(pool.submit(partial(context.run, capture, start, stop)))
+            for item in islice(remaining, count):
+                # A context can be entered by one thread at a time: each call has its own copy.
+                pending.append(pool.submit(partial(contextvars.copy_context().run, work, item)))
 
         try:
-            submit(2 * n_workers)  # one batch in work and one ready for each worker bounds the memory
+            submit(2 * n_workers)  # one item in work and one ready for each worker bounds the memory
             while pending:
                 yield pending.popleft().result()
                 submit(1)

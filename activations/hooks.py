@@ -153,7 +153,6 @@ class _ForwardPass:
     def __init__(
         self, sites: "HookSites", names: Sequence[str], scopes: Sequence[EditScope], positions: Tensor | None
     ):
-        self.sites = sites
         self.captured: dict[str, Tensor] = {}
         self.wanted: dict[Site, list[str]] = {}
         for name in names:
@@ -255,7 +254,7 @@ class HookSites(Mapping[str, Site]):
             return
         with self._lock:
             if site not in self._installed:
-                _install(self, site)
+                _install(site)
                 self._installed.add(site)
 
 
@@ -268,21 +267,15 @@ class Backend:
     sites: HookSites
 
 
-def _install(sites: HookSites, site: Site) -> None:
+def _install(site: Site) -> None:
     """Put the torch hook for ``site`` on its module.
 
-    The hooks are plain functions and compare the module they are called on, because a deep copy of the model
-    carries them along and must not answer for the original.
+    The hook is a plain function bound to this very site, so that a deep copy of the model, which carries the
+    hook along, does not answer for itself.
     """
 
-    def forward_pass_at(module: nn.Module) -> _ForwardPass | None:
-        forward_pass = _current.get()
-        if forward_pass is None or forward_pass.sites is not sites or module is not site.module:
-            return None
-        return forward_pass
-
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward_pass = forward_pass_at(module)
+        forward_pass = _current.get()
         if forward_pass is None:
             return None
         if args:
@@ -290,7 +283,7 @@ def _install(sites: HookSites, site: Site) -> None:
         return args, {**kwargs, "hidden_states": forward_pass.visit(site, kwargs["hidden_states"])}
 
     def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        forward_pass = forward_pass_at(module)
+        forward_pass = _current.get()
         if forward_pass is None:
             return None
         if isinstance(output, tuple):
@@ -298,10 +291,8 @@ def _install(sites: HookSites, site: Site) -> None:
         return forward_pass.visit(site, output)
 
     def on_hook_point(x: Tensor, hook: Any) -> Tensor | None:
-        forward_pass = forward_pass_at(hook)
-        if forward_pass is None:
-            return None
-        value = forward_pass.visit(site, x)
+        forward_pass = _current.get()
+        value = x if forward_pass is None else forward_pass.visit(site, x)
         return None if value is x else value
 
     if site.side == "hook_point":

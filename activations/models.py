@@ -45,6 +45,7 @@ class LanguageModel:
     Attributes:
         name: what it was loaded by.
         tokenizer: text to ids and back.
+        config: the Hugging Face configuration.
         n_layers, d_model, n_heads, d_head, d_vocab: its dimensions.
         context_length: how many tokens it reads at most.
     """

@@ -43,6 +43,33 @@ def _hex_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("saescope.hex", _hex_bytes)
 
 
+def byte_pieces(tokens: Sequence[bytes]) -> list[str]:
+    """The text of each of a sequence of tokens that are bytes; joined, they are the text of the joined bytes.
+
+    A character that is spread over several tokens stands at the first of them, the others are ``""``. Bytes
+    that are no UTF-8 become U+FFFD.
+    """
+    pieces = [""] * len(tokens)
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    begun: int | None = None  # the token in which a character began that is not complete yet
+    for index, token_bytes in enumerate(tokens):
+        for offset in range(len(token_bytes)):
+            if begun is None:
+                try:
+                    pieces[index] += token_bytes[offset:].decode()
+                    break
+                except UnicodeDecodeError:
+                    begun = index
+            text = utf8.decode(token_bytes[offset : offset + 1])
+            if text:
+                pieces[begun] += text[0]
+                pieces[index] += text[1:]
+                begun = index if utf8.getstate()[0] else None
+    if begun is not None:
+        pieces[begun] += utf8.decode(b"", final=True)
+    return pieces
+
+
 class Tokenizer:
     """A Hugging Face tokenizer with an explicit policy for special tokens and exact text for every token.
 
@@ -150,28 +177,9 @@ class Tokenizer:
 
         A character that is spread over several tokens stands at the first of them; the others are ``""``.
         """
-        return self._byte_level_pieces(ids) if self._is_byte_level else self._window_pieces(ids)
-
-    def _byte_level_pieces(self, ids: Sequence[int]) -> list[str]:
-        pieces = [""] * len(ids)
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        begun: int | None = None  # the token in which a character began that is not complete yet
-        for index, token_bytes in enumerate(map(self._bytes, ids)):
-            for offset in range(len(token_bytes)):
-                if begun is None:
-                    try:
-                        pieces[index] += token_bytes[offset:].decode()
-                        break
-                    except UnicodeDecodeError:
-                        begun = index
-                text = utf8.decode(token_bytes[offset : offset + 1])
-                if text:
-                    pieces[begun] += text[0]
-                    pieces[index] += text[1:]
-                    begun = index if utf8.getstate()[0] else None
-        if begun is not None:
-            pieces[begun] += utf8.decode(b"", final=True)
-        return pieces
+        if self._is_byte_level:
+            return byte_pieces([self._bytes(token_id) for token_id in ids])
+        return self._window_pieces(ids)
 
     def _window_pieces(self, ids: Sequence[int]) -> list[str]:
         pieces = [""] * len(ids)

@@ -7,7 +7,7 @@ its own: labelling again replaces the first and cannot touch the others. A perso
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,13 @@ class Labels:
         found = self._select("WHERE f.feature = ?", (feature,))
         return found[0] if found else None
 
+    def automatic(self, feature: int) -> Label | None:
+        """The automatic label of a feature, also where a person's stands before it; without its note."""
+        with self._connected(write=False) as connection:
+            query = "SELECT text, method, f1, precision, recall, n FROM automatic WHERE feature = ?"
+            row = connection and connection.execute(query, (feature,)).fetchone()
+        return Label(feature, row[0], "automatic", *row[1:]) if row else None
+
     def all(self) -> dict[int, Label]:
         """The labels of all features that have one, by feature."""
         return {label.feature: label for label in self._select("ORDER BY feature", ())}
@@ -153,7 +160,9 @@ class Labels:
         try:
             if write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
+            with closing(
+                sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
+            ) as connection:
                 self._prepare(connection, write)
                 connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 try:
@@ -162,7 +171,7 @@ class Labels:
                     connection.rollback()
                     raise
                 connection.commit()
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             action = "written" if write else "read"
             raise InputError(f"The labels in {self.path} cannot be {action} ({error}).") from None
         except sqlite3.DatabaseError as error:
@@ -194,10 +203,8 @@ class Labels:
     @staticmethod
     def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
         """Readers and a writer at once. Where the file system cannot do it, SQLite's ordinary journal serves."""
-        try:
+        with suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        except sqlite3.OperationalError:
-            pass
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

@@ -17,7 +17,7 @@ import torch
 from activations.blocks import TokenBlocks
 from activations.corpus import Corpus, Split
 from activations.errors import InputError
-from activations.files import MANIFEST, is_finished, read_json, write_json
+from activations.files import FORMAT_VERSION, MANIFEST, is_finished, read_json, write_json
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.statistics import measure_statistics
@@ -27,7 +27,8 @@ from features.explain import label_features
 from features.index import FeatureIndex, build_index
 from features.labels import Labels
 from sae.config import TrainConfig
-from sae.evaluate import evaluate
+from sae.controls import reference_activations
+from sae.evaluate import Evaluation, evaluate
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder, read_run_config, write_run_config
 from sae.train import train
@@ -91,7 +92,9 @@ class Pipeline:
         if self.run.path.exists() and not self.run.path.is_dir():
             raise InputError(f"{self.run.path} is a file, and a run needs a folder of that name.")
         if self.run.path.is_dir() and any(self.run.path.iterdir()) and not self.run.config.is_file():
-            raise InputError(f"{self.run.path} holds files that are not a run's: give an empty or new folder.")
+            raise InputError(
+                f"{self.run.path} holds files that are not a run's: give an empty or new folder."
+            )
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -177,7 +180,13 @@ class Pipeline:
             statistics = measure_statistics(model, blocks, config.hook_name, progress=self.progress)
             mean, scale, exclusion = statistics.mean, statistics.scale, statistics.exclusion
             stream = ActivationStream.live(
-                model, blocks, config.hook_name, exclusion, batch_size=batch, n_batches=n_batches, seed=config.seed
+                model,
+                blocks,
+                config.hook_name,
+                exclusion,
+                batch_size=batch,
+                n_batches=n_batches,
+                seed=config.seed,
             )
         metadata = {
             "model_name": config.model,
@@ -202,29 +211,20 @@ class Pipeline:
             progress=self.progress,
         )
 
-    def evaluate(self, sae: SparseAutoencoder) -> dict[str, Any]:
-        """Measure the SAE on the test split; the content of ``evaluation.json``."""
+    def evaluate(self, sae: SparseAutoencoder) -> Evaluation:
+        """Measure the SAE on the test split into ``evaluation.json``, or read what was measured."""
         blocks = self.tokens("test", self.sizes.test_tokens)
-        inputs = {"sae": sae.hash, "model": self.model.hash, "tokens": blocks.hash}
         path = self.run.evaluation
-        if path.is_file() and read_json(path).get("inputs") == inputs:
-            return dict(read_json(path))
-        evaluation = evaluate(self.model, sae, blocks, reference=self._reference(sae), progress=self.progress)
-        content = {"format_version": 1, "inputs": inputs, "split": "test", **evaluation.to_json()}
-        write_json(path, content)
-        return content
-
-    def _reference(self, sae: SparseAutoencoder) -> torch.Tensor:
-        """Activations of training tokens, for the controls."""
-        blocks = self.train_blocks.first(max(REFERENCE_ROWS // self.context_length, 1))
-        ids = blocks.ids_tensor(0, blocks.n_blocks)
-        rows = []
-        for start in range(0, blocks.n_blocks, 8):
-            mask = blocks.attention_mask(start, start + 8)
-            x = self.model.capture(ids[start : start + 8], [sae.hook_name], attention_mask=mask)[sae.hook_name]
-            kept = sae.exclusion(self.model.tokenizer).kept(ids[start : start + 8], x)
-            rows.append(x[kept].float())
-        return torch.cat(rows)
+        if path.is_file():
+            content = read_json(path)
+            inputs = {"model": self.model.hash, "sae": sae.hash, "tokens": blocks.hash}
+            if content.pop("format_version", None) == FORMAT_VERSION and inputs.items() <= content["inputs"].items():
+                return Evaluation.from_json(content)
+        n_blocks = -(-REFERENCE_ROWS // self.context_length)
+        reference = reference_activations(self.model, sae, self.train_blocks.first(n_blocks))
+        evaluation = evaluate(self.model, sae, blocks, reference=reference, progress=self.progress)
+        write_json(path, {"format_version": FORMAT_VERSION, **evaluation.to_json()})
+        return evaluation
 
     def index(self, sae: SparseAutoencoder) -> FeatureIndex:
         """Build the feature index over the first training tokens, or open it."""
@@ -250,11 +250,7 @@ class Pipeline:
         """Give every feature a first label, scored on the score split; people's labels stay."""
         blocks = self.tokens("score", self.sizes.score_tokens)
         labels = Labels.open(self.run.labels)
-        inputs = {"sae": sae.hash, "index": index.manifest["inputs"], "tokens": blocks.hash}
-        done = self.run.index / "labels.json"
-        if not (done.is_file() and read_json(done) == inputs):
-            label_features(index, self.model, sae, blocks, labels, progress=self.progress)
-            write_json(done, inputs)
+        label_features(index, self.model, sae, blocks, labels, progress=self.progress)
         return labels
 
     def drop_activations(self) -> None:

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from activations.errors import InputError
-from activations.files import MANIFEST, read_json
+from activations.files import read_json
 from features.labels import Label, Labels
 from sae.config import TrainConfig
 from sae.run import RunFolder, read_run_config
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from activations.models import LanguageModel
     from features.index import Example, FeatureIndex, TokenStatistic
     from features.steering import Method, Unit
-    from sae.codes import SparseCodes
+    from features.trace import Trace
     from sae.model import SparseAutoencoder
 
 T = TypeVar("T")
@@ -131,10 +130,14 @@ class Run:
             InputError: there is no feature of that number.
         """
         if not 0 <= index < self.index.d_sae:
-            raise InputError(f"There is no feature {index}: {self.name} has the features 0 to {self.index.d_sae - 1}.")
+            raise InputError(
+                f"There is no feature {index}: {self.name} has the features 0 to {self.index.d_sae - 1}."
+            )
         return Feature(self, index)
 
-    def edit(self, strengths: Mapping[int, float], *, method: "Method" = "clamp", unit: "Unit" = "max") -> "Edit":
+    def edit(
+        self, strengths: Mapping[int, float], *, method: "Method" = "clamp", unit: "Unit" = "max"
+    ) -> "Edit":
         """The edit that steers these features; see :func:`features.steering.edit_features`."""
         from features.steering import edit_features
 
@@ -203,3 +206,93 @@ class Run:
         from sae.model import SparseAutoencoder
 
         return SparseAutoencoder.load(self.folder.sae).to(resolve_device(self._device))
+
+    def _open_index(self) -> "FeatureIndex":
+        from features.index import FeatureIndex
+
+        return FeatureIndex.open(self.folder.index)
+
+    def _sae_metadata(self) -> dict[str, Any]:
+        from sae.formats.saelens import CONFIG
+
+        return dict(read_json(self.folder.sae / CONFIG).get("metadata") or {})
+
+    def _measure_norm(self) -> float:
+        from features.trace import mean_norm
+
+        return mean_norm(self.model, self.sae, self.index.blocks.first(_NORM_BLOCKS))
+
+
+class Feature:
+    """One feature of a run: its label, its statistics, and the tables of the index.
+
+    Attributes:
+        run: the run it belongs to.
+        index: its number.
+    """
+
+    def __init__(self, run: Run, index: int) -> None:
+        self.run = run
+        self.index = index
+
+    def __repr__(self) -> str:
+        label = self.label
+        return f"Feature {self.index}: {label.text if label else 'no label'}"
+
+    @property
+    def label(self) -> Label | None:
+        """Its label as it stands now, a person's before an automatic one."""
+        return self.run.labels.get(self.index)
+
+    @property
+    def count(self) -> int:
+        """On how many positions of the index it fired."""
+        return int(self.run.index.count[self.index])
+
+    @property
+    def density(self) -> float:
+        """On which share of the positions of the index it fired."""
+        return float(self.run.index.density[self.index])
+
+    @property
+    def mean(self) -> float:
+        """Mean activation over its firings."""
+        return float(self.run.index.mean[self.index])
+
+    @property
+    def max(self) -> float:
+        """Largest activation in the index, which strengths are measured by."""
+        return float(self.run.index.max[self.index])
+
+    @cached_property
+    def histogram(self) -> "np.ndarray":
+        """Number of firings per bin of ``run.index.histogram_edges``."""
+        return self.run.index.histogram(self.index)
+
+    def top_examples(self, width: int = 64) -> "list[Example]":
+        """Where it fires most, at most one place per document, strongest first, ``width`` tokens each."""
+        return self.run.index.top_examples(self.index, width)
+
+    def range_examples(self, width: int = 64) -> "list[tuple[str, list[Example]]]":
+        """Examples for each quantile band of its activations, strongest band first."""
+        return self.run.index.range_examples(self.index, width)
+
+    @cached_property
+    def top_tokens(self) -> "list[TokenStatistic]":
+        """The tokens on which it fires."""
+        return self.run.index.top_tokens(self.index)
+
+    @cached_property
+    def promoted(self) -> list[tuple[str, int, float]]:
+        """(text, id, logit) of the tokens that its direction makes most likely next, by the logit lens."""
+        return self.run.index.promoted(self.index)
+
+    @cached_property
+    def suppressed(self) -> list[tuple[str, int, float]]:
+        """(text, id, logit) of the tokens that its direction makes least likely next, by the logit lens."""
+        return self.run.index.suppressed(self.index)
+
+    @cached_property
+    def neighbours(self) -> list[tuple[int, float]]:
+        """(feature, cosine) of the features whose decoder directions are nearest."""
+        return self.run.index.neighbours(self.index)

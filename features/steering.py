@@ -13,7 +13,7 @@ in the error or in neighbouring features: to ablate a feature is not to remove w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from activations.edits import Edit
 from activations.errors import InputError
 from activations.models import LanguageModel
 from sae.model import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from features.index import FeatureIndex
 
 Method = Literal["add", "clamp", "ablate"]
 Unit = Literal["max", "activation", "residual"]
@@ -76,7 +79,9 @@ def edit_features(
         InputError: an unknown feature, method or unit, a strength that is no number, or a unit whose size is not
             known.
     """
-    targets = activation_targets(sae, strengths, method=method, unit=unit, maxima=maxima, residual_norm=residual_norm)
+    targets = activation_targets(
+        sae, strengths, method=method, unit=unit, maxima=maxima, residual_norm=residual_norm
+    )
     features = torch.tensor(list(targets), dtype=torch.int64)
     amounts = torch.tensor(list(targets.values()), dtype=torch.float64)
     steering = _Steering(sae, features, clamped=method != "add")
@@ -87,7 +92,9 @@ def edit_features(
     return Edit(sae.hook_name, apply)
 
 
-def edit_rows(sae: SparseAutoencoder, features: Sequence[int], activations: Sequence[float], method: Method) -> Edit:
+def edit_rows(
+    sae: SparseAutoencoder, features: Sequence[int], activations: Sequence[float], method: Method
+) -> Edit:
     """An edit for a batch in which every sequence is steered by a feature of its own.
 
     Used to try many features and strengths in one pass.
@@ -122,7 +129,9 @@ def activation_targets(
     targets = {}
     for feature, strength in strengths.items():
         if not 0 <= feature < sae.d_sae:
-            raise InputError(f"There is no feature {feature}: this SAE has the features 0 to {sae.d_sae - 1}.")
+            raise InputError(
+                f"There is no feature {feature}: this SAE has the features 0 to {sae.d_sae - 1}."
+            )
         if not abs(strength) < float("inf"):
             raise InputError(f"The strength of feature {feature} is {strength}; it must be a finite number.")
         if method == "ablate" and strength:
@@ -130,7 +139,9 @@ def activation_targets(
                 f"Ablating feature {feature} sets it to 0 and takes no strength, but {strength} was given: leave it"
                 " at 0, or clamp."
             )
-        targets[int(feature)] = strength * _size(sae, feature, unit, maxima, residual_norm) if strength else 0.0
+        targets[int(feature)] = (
+            strength * _size(sae, feature, unit, maxima, residual_norm) if strength else 0.0
+        )
     return targets
 
 
@@ -146,7 +157,9 @@ def _size(
         return 1.0
     if unit == "residual":
         if residual_norm is None:
-            raise InputError('Strength in the unit "residual" needs residual_norm, the mean norm at the hook.')
+            raise InputError(
+                'Strength in the unit "residual" needs residual_norm, the mean norm at the hook.'
+            )
         return residual_norm / max(float(sae.W_dec[feature].norm()), 1e-12)
     if maxima is None or feature not in maxima:
         raise InputError(
@@ -170,14 +183,11 @@ class _Steering:
         self.sae = sae
         self.features = features
         self.clamped = clamped
-        self.slot_of_feature = torch.full((sae.d_sae,), -1, dtype=torch.int64)
-        self.slot_of_feature[features] = torch.arange(len(features))
 
     def apply(self, x: Tensor, positions: Tensor, amounts: Tensor) -> Tensor:
         """``x [batch, pos, d_in]`` with ``amounts [batch, m]`` of the m features (nan: leave this one alone)."""
         if self.sae.device != x.device:
             self.sae = self.sae.to(x.device)
-            self.slot_of_feature = self.slot_of_feature.to(x.device)
         kept = (positions >= 0) & (x.float().norm(dim=-1) <= self.max_norm)
         rows = x[kept]
         directions = self.sae.W_dec[self.features.to(x.device)]
@@ -191,9 +201,11 @@ class _Steering:
         return edited
 
     def _activations(self, rows: Tensor) -> Tensor:
-        """Activations ``[n, m]`` of the m features; a TopK feature fires or not by comparison with all others."""
+        """Activations ``[n, m]`` of the m features (a TopK feature fires by comparison with all the others)."""
         token, feature, value = self.sae.encode(rows).entries()
-        slot = self.slot_of_feature[feature]
+        slot_of_feature = torch.full((self.sae.d_sae,), -1, dtype=torch.int64, device=rows.device)
+        slot_of_feature[self.features.to(rows.device)] = torch.arange(len(self.features), device=rows.device)
+        slot = slot_of_feature[feature]
         mine = slot >= 0
         activations = value.new_zeros(len(rows), len(self.features))
         activations[token[mine], slot[mine]] = value[mine]
@@ -228,9 +240,89 @@ def steer(
 
     def write() -> str:
         return model.generate(
-            prompt, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+            prompt,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )[0]
 
     default = write()
     with model.edited(*edits):
         return Steered(prompt, default, write())
+
+
+LENS_TOKENS = 10  # of a feature's promoted tokens
+_PROMPTS, _PROMPT_TOKENS = 4, 16
+_LOGITS_BYTES = 1 << 27  # of one pass
+
+
+@torch.no_grad()
+def output_scores(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    index: "FeatureIndex",
+    features: Sequence[int],
+    *,
+    strength: float = 2.0,
+    prompts: Tensor | None = None,
+) -> Tensor:
+    """Which features will steer? How far adding one raises, in one pass, the tokens that it promotes.
+
+    The output score of Arad, Mueller and Belinkov (2025, 2505.20063): add the feature to a neutral prompt and
+    look, among its :data:`LENS_TOKENS` first tokens by the logit lens, for the most probable next token; the score
+    is ``(1 − rank / d_vocab) · probability``. We subtract what it is without the feature, and average over
+    several prompts.
+
+    Args:
+        features: whom to score; they must have fired in the index.
+        strength: in units of the feature's maximum, added at every position.
+        prompts: ids ``[n, pos]``; by default the beginnings of blocks spread over the index's tokens.
+
+    Returns:
+        float64 ``[len(features)]``, −1 to 1; features that write nothing of their own lie near 0.
+
+    Raises:
+        InputError: a feature never fired, or is none of this SAE's.
+    """
+    if prompts is None:
+        prompts = neutral_prompts(index)
+    n_prompts, n_tokens = prompts.shape
+    maxima = {feature: float(index.max[feature]) for feature in features}
+    targets = activation_targets(
+        sae, dict.fromkeys(features, strength), method="add", unit="max", maxima=maxima, residual_norm=None
+    )
+    lens = torch.tensor([[token for _, token, _ in index.promoted(f)[:LENS_TOKENS]] for f in features])
+    before = model.logits(prompts)[:, -1].float().softmax(-1)
+    per_pass = max(1, _LOGITS_BYTES // (4 * n_prompts * n_tokens * model.d_vocab))
+    scores = []
+    for start in range(0, len(features), per_pass):
+        chosen = features[start : start + per_pass]
+        tokens = lens[start : start + per_pass].to(before.device)
+        rows = [feature for feature in chosen for _ in range(n_prompts)]
+        with model.edited(edit_rows(sae, rows, [targets[feature] for feature in rows], "add")):
+            logits = model.logits(prompts.repeat(len(chosen), 1))[:, -1]
+        after = logits.float().softmax(-1).view(len(chosen), n_prompts, -1)
+        gain = _weighted_by_rank(after, tokens) - _weighted_by_rank(before.expand_as(after), tokens)
+        scores.append(gain.double().mean(dim=1).cpu())
+    return torch.cat(scores)
+
+
+def neutral_prompts(index: "FeatureIndex") -> Tensor:
+    """The beginnings of a few blocks spread evenly over the index's tokens, int64 ``[n, pos]``."""
+    blocks = index.blocks
+    numbers = torch.linspace(0, blocks.n_blocks - 1, min(_PROMPTS, blocks.n_blocks)).long().tolist()
+    return torch.cat([blocks.ids_tensor(n, n + 1)[:, :_PROMPT_TOKENS] for n in numbers])
+
+
+def _weighted_by_rank(probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """``(1 − rank / d_vocab) · probability`` of the most probable of a feature's tokens, ``[features, prompts]``.
+
+    Args:
+        probabilities: ``[features, prompts, d_vocab]``. tokens: ids ``[features, m]``.
+    """
+    _, n_prompts, d_vocab = probabilities.shape
+    best = probabilities.gather(2, tokens[:, None, :].expand(-1, n_prompts, -1)).amax(dim=2)
+    rank = (probabilities > best[..., None]).sum(dim=2)
+    return (1 - rank / d_vocab) * best

@@ -69,6 +69,7 @@ def _strides(n_groups: int, device: torch.device) -> Tensor:
     return torch.arange(0, _GROUP * n_groups, n_groups, device=device)[:, None]
 
 
+@torch.no_grad()
 def encode_topk(
     centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -189,6 +190,7 @@ def topk_codes(
     return SparseCodes(pattern, _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu))
 
 
+@torch.no_grad()
 def encode_relu(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> SparseCodes:
     """``relu(centred · W_enc + b_enc)`` as ragged codes, tile by tile; no gradient. Arguments as in encode_topk."""
     parts = []

@@ -77,6 +77,29 @@ def test_a_local_folder(saved: Path) -> None:
     torch.testing.assert_close(model.logits(ids), expected, rtol=0, atol=0)
 
 
+def test_the_bundled_model() -> None:
+    model = LanguageModel.load(device="cpu")
+    assert (model.name, model.n_layers, model.d_model, model.context_length) == ("builtin", 6, 256, 256)
+    assert model.width("blocks.3.mlp.hook_post") == 704
+    tokenizer = model.tokenizer
+    # Its only special token is both BOS and end of text, and nothing adds it unasked.
+    assert (tokenizer.bos_id, tokenizer.separator_id, tokenizer.adds_bos) == (0, 0, False)
+    assert tokenizer.eos_ids == tokenizer.special_ids == {0}
+    text = "def read(path):\n    return '€'\n"
+    ids = tokenizer.encode(text)
+    assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids) == text
+    # An untrained model is at ln 4096 = 8.3 nats per token; this one was trained on such text.
+    log_probabilities = model.logits(torch.tensor([ids]))[0, :-1].log_softmax(-1)
+    loss = -log_probabilities.gather(1, torch.tensor(ids[1:])[:, None]).mean()
+    assert loss < 5
+    with pytest.raises(InputError) as error:
+        model.generate("def", max_new_tokens=256)
+    assert str(error.value) == (
+        "A prompt of 1 tokens and 256 new ones exceed the model's context of 256 tokens: at most 255 new"
+        " tokens fit."
+    )
+
+
 def test_hash_of_a_model_in_memory() -> None:
     hf_model = tiny_hf_model("gpt2")
     model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), "mine")

@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from activations.blocks import TokenBlocks
-from activations.capture import block_ranges
+from activations.capture import BlockRange, block_ranges, in_order
 from activations.corpus import Corpus
 from activations.errors import InputError
 from activations.models import LanguageModel
@@ -42,22 +43,29 @@ class ModelLoss:
 def measure_loss(model: LanguageModel, blocks: TokenBlocks) -> ModelLoss:
     """Cross-entropy of every token but the first of each block, given those before it in the block."""
     special_ids = model.tokenizer.special_ids
-    nats = torch.zeros(blocks.context_length - 1, dtype=torch.float64)
-    counts = torch.zeros(blocks.context_length - 1, dtype=torch.int64)
-    n_bytes = 0
-    for start, stop in block_ranges(blocks.n_blocks, _BATCH_BLOCKS):
-        ids, mask = blocks.ids_tensor(start, stop), blocks.attention_mask(start, stop)
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    def measure(block_range: BlockRange) -> tuple[Tensor, Tensor, int]:
+        ids, mask = blocks.ids_tensor(*block_range), blocks.attention_mask(*block_range)
+        real = torch.ones_like(ids) if mask is None else mask
         logits = model.logits(
             ids.to(model.device), attention_mask=None if mask is None else mask.to(model.device)
         )
-        targets, predicted = ids[:, 1:], real[:, 1:]
+        targets, predicted = ids[:, 1:], real[:, 1:].bool()
         loss = cross_entropy(logits[:, :-1].float().cpu().transpose(1, 2), targets, reduction="none")
-        nats += (loss * predicted).double().sum(0)
-        counts += predicted.sum(0)
+        n_bytes = 0
         for row, is_predicted in zip(targets, predicted, strict=True):
             text = [token for token in row[is_predicted].tolist() if token not in special_ids]
             n_bytes += len(model.tokenizer.decode(text).encode())
+        return (loss * predicted).double().sum(0), predicted.sum(0), n_bytes
+
+    nats = torch.zeros(blocks.context_length - 1, dtype=torch.float64)
+    counts = torch.zeros(blocks.context_length - 1, dtype=torch.int64)
+    n_bytes = 0
+    ranges = block_ranges(blocks.n_blocks, _BATCH_BLOCKS)
+    for batch_nats, batch_counts, batch_bytes in in_order(model.device, measure, ranges):
+        nats += batch_nats
+        counts += batch_counts
+        n_bytes += batch_bytes
     n_predicted = int(counts.sum())
     return ModelLoss(
         nats_per_token=float(nats.sum()) / n_predicted,
@@ -83,8 +91,10 @@ def main() -> None:
     loss = measure_loss(model, blocks)
     print(f"{loss.n_predicted:,} predictions in {loss.n_documents} documents")
     print(f"{loss.nats_per_token:.3f} nats per token, {loss.bits_per_byte:.3f} bits per byte")
-    shown = [place for place in (1, 3, 7, 15, 31, 63, 127, 255) if place <= len(loss.by_position)]
-    print("nats by position:", ", ".join(f"{place}: {loss.by_position[place - 1]:.2f}" for place in shown))
+    print("nats by number of tokens before the predicted one:")
+    for first, last in ((1, 1), (2, 3), (4, 15), (16, 63), (64, 255)):
+        if nats := loss.by_position[first - 1 : last]:
+            print(f"  {first} to {last}: {sum(nats) / len(nats):.2f}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def _describe_run(path: Path) -> None:
     from activations.files import read_json
     from app.cli.report import print_evaluation
     from app.cli.terminal import console, table
+    from sae.evaluate import Evaluation
     from sae.run import RunFolder, read_run_config
 
     config, folder = read_run_config(path), RunFolder(path)
@@ -78,5 +79,7 @@ def _describe_run(path: Path) -> None:
         ],
     )
     if folder.evaluation.is_file():
+        content = read_json(folder.evaluation)
+        content.pop("format_version", None)
         console.print()
-        print_evaluation(read_json(folder.evaluation))
+        print_evaluation(Evaluation.from_json(content))

@@ -1,0 +1,82 @@
+"""What all pages share: the run, opened once for all sessions, and the state that a link carries."""
+
+import random
+import sys
+
+import streamlit as st
+
+from activations.errors import InputError
+from app.explorer.tokens_html import escape_markdown
+from features.run import Feature, Run, open_run
+
+LONGEST_TEXT_IN_LINK = 2000  # characters; browsers and servers cut longer addresses
+
+
+@st.cache_resource(show_spinner="Opening the run …")
+def opened(path: str) -> Run:
+    """The run at ``path``: one object for all sessions, which are threads of one process."""
+    return open_run(path)
+
+
+def the_run() -> Run:
+    """The run that the explorer was started on: the argument after ``--``."""
+    return opened(sys.argv[1])
+
+
+def complain(error: InputError | str) -> None:
+    """Show what is wrong with an input, literally."""
+    st.error(escape_markdown(str(error)), icon=":material/error:")
+
+
+def parameter(name: str) -> str | None:
+    """A value of the address."""
+    value = st.query_params.get(name)
+    return None if value is None else str(value)
+
+
+def whole_number(name: str) -> int | None:
+    """A whole number of the address; None if it is not there.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = parameter(name)
+    if value is None:
+        return None
+    if not value.lstrip("-").isdigit():
+        raise InputError(f"The address says {name}={value}, and {name} must be a whole number.")
+    return int(value)
+
+
+def asked_feature(run: Run) -> Feature:
+    """The feature that the address names; without one, the last that this session looked at, or a telling one.
+
+    Raises:
+        InputError: there is no such feature.
+    """
+    number = whole_number("feature")
+    if number is None:
+        number = st.session_state.get("last feature")
+    if number is None:
+        number = best_labelled(run)
+    feature = run.feature(number)
+    st.session_state["last feature"] = number
+    return feature
+
+
+def best_labelled(run: Run) -> int:
+    """The feature whose automatic label predicts it best: a good one to begin with. 0 if nothing is labelled."""
+    scored = [(label.f1, -label.feature) for label in run.labels.all().values() if label.f1 is not None]
+    return -max(scored)[1] if scored else 0
+
+
+def random_feature(run: Run) -> int:
+    """Some feature that fires in the index; any if none does."""
+    firing = run.index.count.nonzero()[0]
+    return int(random.choice(firing)) if len(firing) else random.randrange(run.index.d_sae)
+
+
+def name_of(run: Run, feature: int) -> str:
+    """A feature's label, or that it has none."""
+    label = run.labels.get(feature)
+    return label.text if label and label.text else "no label"

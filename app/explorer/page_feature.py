@@ -1,0 +1,264 @@
+"""Feature: everything that is known about one feature, and a place to name it."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from activations.errors import InputError
+from app.explorer.explorer_charts import activation_histogram
+from app.explorer.explorer_links import address, feature_address, link
+from app.explorer.explorer_state import asked_feature, complain, name_of, random_feature, the_run
+from app.explorer.explorer_style import Card, bar, cards_html, number, part, percent, table_html
+from app.explorer.tokens_html import chip, tokens_html
+from features.labels import Label
+from features.run import Feature, Run
+
+if TYPE_CHECKING:
+    from features.index import Example
+
+VIEWS = {"Snippets": 24, "Passages": 64}  # tokens shown of each example
+NEIGHBOURS_SHOWN = 10
+
+
+def show() -> None:
+    """The page."""
+    run = the_run()
+    try:
+        feature = asked_feature(run)
+    except InputError as error:
+        complain(error)
+        st.html(link(feature_address(0), "Go to feature 0"))
+        return
+    _steps(run, feature)
+    _name(feature)
+    if not feature.count:
+        st.html(
+            '<div class="panel">This feature never fired on the tokens of the index: there are no examples, and what'
+            " it writes (right or below) rests on its weights alone.</div>"
+        )
+    else:
+        st.html(cards_html(_statistics(feature)))
+    left, right = st.columns([1.75, 1], gap="large")
+    with left:
+        if feature.count:
+            _examples(feature)
+        _own_text(feature)
+    with right:
+        if feature.count:
+            _histogram(feature)
+            st.html(_top_tokens(feature))
+        st.html(_logit_lens(feature))
+        st.html(_neighbours(feature))
+
+
+def _steps(run: Run, feature: Feature) -> None:
+    """Previous, next, random, a number; and where to go with this feature."""
+    last = run.index.d_sae - 1
+
+    def show_feature(number: int) -> None:
+        st.query_params["feature"] = str(number)
+
+    def show_typed() -> None:
+        show_feature(st.session_state[key])
+
+    key = f"number of {feature.index}"
+    with st.container(horizontal=True, vertical_alignment="center", gap="small", key="steps bar"):
+        st.button(
+            "Previous feature",
+            icon=":material/chevron_left:",
+            shortcut="Left",
+            on_click=show_feature,
+            args=(max(feature.index - 1, 0),),
+            disabled=feature.index == 0,
+        )
+        st.number_input(
+            "Feature number",
+            0,
+            last,
+            feature.index,
+            step=None,
+            key=key,
+            on_change=show_typed,
+            label_visibility="collapsed",
+            width=110,
+        )
+        st.button(
+            "Next feature",
+            icon=":material/chevron_right:",
+            shortcut="Right",
+            on_click=show_feature,
+            args=(min(feature.index + 1, last),),
+            disabled=feature.index == last,
+        )
+        st.button("Random", icon=":material/casino:", on_click=show_feature, args=(random_feature(run),))
+        st.html(link(address("steer", steer=f"{feature.index}:2"), "Steer this feature", classes="button"), width="content")
+
+
+def _name(feature: Feature) -> None:
+    """Label, where it comes from and how good it is; a person's own label and note."""
+    labels, index = feature.run.labels, feature.index
+    label, automatic = labels.get(index), labels.automatic(index)
+    shown = label.text if label and label.text else "no label yet"
+    st.html(
+        f'<h1 class="page">Feature {index}</h1><p class="big" data-testid="label">{escape(shown)}</p>'
+        f'<p class="hint">{_provenance(label, automatic)}</p>'
+    )
+
+    def save() -> None:
+        labels.set(index, st.session_state[text_key], note=st.session_state[note_key])
+        st.toast("Saved.", icon=":material/check:")
+
+    text_key, note_key = f"label of {index}", f"note on {index}"
+    own = label.text if label and label.source == "person" else ""
+    text_place, note_place = st.columns([1, 1], gap="small")
+    text_place.text_input(
+        "Your label",
+        own,
+        key=text_key,
+        on_change=save,
+        placeholder="what would you call it? Enter saves",
+        help="It stands before the automatic label everywhere. Empty it to have the automatic label back.",
+    )
+    note_place.text_input(
+        "Note", label.note if label else "", key=note_key, on_change=save, placeholder="anything worth remembering"
+    )
+
+
+def _provenance(label: Label | None, automatic: Label | None) -> str:
+    """Where the shown label comes from, and the automatic one with its scores, as HTML."""
+    if automatic is None:
+        return "Nothing has labelled this feature automatically."
+    scores = ""
+    if automatic.f1 is not None and automatic.precision is not None and automatic.recall is not None:
+        scores = (
+            f'<span class="pill" title="harmonic mean of precision and recall">F1 {automatic.f1:.2f}</span>'
+            f'<span class="pill" title="where the label says it fires, how often it does">precision {automatic.precision:.2f}'
+            f'</span><span class="pill" title="where it fires, how often the label says so">recall {automatic.recall:.2f}'
+            f'</span><span class="pill" title="firings on held-out documents that the scores rest on">n {automatic.n:,}</span>'
+        )
+    if label is not None and label.source == "person" and label.text:
+        return f"A person's label. Automatic: <b>{escape(automatic.text)}</b> {scores}"
+    return f"Automatic label {scores}"
+
+
+def _statistics(feature: Feature) -> list[Card]:
+    one_in = f"one token in {number(1 / feature.density)}"
+    index = feature.run.index
+    return [
+        Card("Density", percent(feature.density), one_in, "share of the index's positions on which it fires"),
+        Card("Firings", f"{feature.count:,}", f"of {index.n_tokens:,} tokens", "in the index, over the train split"),
+        Card("Largest activation", number(feature.max), "strength 1 when steering", "over the index"),
+        Card("Mean activation", number(feature.mean), "where it fires", "over its firings in the index"),
+        Card("Median activation", number(index.quantile(feature.index, 0.5)), "where it fires", "from the histogram"),
+    ]
+
+
+def _examples(feature: Feature) -> None:
+    view = st.segmented_control(
+        "View", list(VIEWS), default="Snippets", required=True, key="view", label_visibility="collapsed"
+    )
+    width, one_line = VIEWS[view], view == "Snippets"
+    strongest, across, = st.tabs(["Strongest", "Across the range"])
+    with strongest:
+        st.html(
+            '<p class="hint">Where it fires most, at most one place per document. Colour is the share of the'
+            " feature's largest activation; hover for values.</p>"
+            + examples_html(feature.top_examples(width), feature.max, one_line=one_line)
+        )
+    with across:
+        bands = "".join(
+            f'<p class="band">{escape(name)}</p>' + examples_html(examples, feature.max, one_line=one_line)
+            for name, examples in feature.range_examples(width)
+            if examples
+        )
+        st.html(
+            '<p class="hint">A fair sample of all its firings, sorted into bands that hold equally many: what the'
+            f" strongest examples alone do not show.</p>{bands}"
+        )
+
+
+def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bool) -> str:
+    """Examples as one block: activation, coloured tokens, document."""
+    return "".join(
+        f'<div class="example"><div class="strength">{escape(number(example.value))}</div><div>'
+        + tokens_html(example.tokens, example.activations.tolist(), maximum, peak=example.peak, one_line=one_line)
+        + f'<span class="where">{escape(example.document)}</span></div></div>'
+        for example in examples
+    )
+
+
+def _histogram(feature: Feature) -> None:
+    st.html(part("How strongly it fires"))
+    figure = activation_histogram(feature.run.index.histogram_edges, feature.histogram)
+    st.plotly_chart(figure, key="histogram", config={"displayModeBar": False})
+
+
+def _top_tokens(feature: Feature) -> str:
+    rows = [
+        [
+            chip(token.token),
+            bar(token.share) + f" {escape(percent(token.share))}",
+            f"{number(token.lift)}×",
+            escape(number(token.mean)),
+        ]
+        for token in feature.top_tokens[:12]
+    ]
+    return part("Tokens it fires on") + table_html(["token", "share of firings", "lift", "mean"], rows)
+
+
+def _logit_lens(feature: Feature) -> str:
+    hint = "Logit lens: tokens that its direction makes more or less likely next, by its weights alone."
+    promoted, suppressed = feature.promoted[:10], feature.suppressed[:10]
+    largest = max((abs(logit) for _, _, logit in (*promoted, *suppressed)), default=1.0) or 1.0
+
+    def side(title: str, tokens: list[tuple[str, int, float]], negative: bool) -> str:
+        rows = [
+            [chip(token), bar(abs(logit) / largest, negative=negative) + f" {logit:+.2f}"] for token, _, logit in tokens
+        ]
+        return f"<div>{table_html([title, 'logit'], rows)}</div>"
+
+    return (
+        part("What it writes", hint)
+        + f'<div class="sides">{side("promoted", promoted, False)}{side("suppressed", suppressed, True)}</div>'
+    )
+
+
+def _neighbours(feature: Feature) -> str:
+    run = feature.run
+    rows = [
+        [
+            f'<span class="ellipsis">{link(feature_address(other), str(other))} {escape(name_of(run, other))}</span>',
+            bar(max(cosine, 0)) + f" {cosine:.2f}",
+        ]
+        for other, cosine in feature.neighbours[:NEIGHBOURS_SHOWN]
+    ]
+    return part("Nearest features", "By the cosine of their decoder directions.") + table_html(["feature", "cosine"], rows)
+
+
+def _own_text(feature: Feature) -> None:
+    st.html(part("Try a text of your own", "See where in it this feature fires."))
+    text = st.text_area(
+        "Text",
+        key="own text",
+        persist_state="session",
+        placeholder="paste anything; Ctrl-Enter reads it",
+        label_visibility="collapsed",
+        height=110,
+    )
+    if not text:
+        return
+    try:
+        trace = feature.run.trace(text)
+    except InputError as error:
+        complain(error)
+        return
+    activations = trace.activations(feature.index)
+    fired = int((activations != 0).sum())
+    st.html(
+        f'<div class="panel">{tokens_html(trace.tokens, activations.tolist(), feature.max)}</div>'
+        f'<p class="hint">It fires on {fired:,} of {len(trace.tokens):,} tokens'
+        + (f", at most {number(float(activations.max()))}." if fired else ".")
+        + f" {link(address('try-text', feature=feature.index), 'All features of a text')}</p>"
+    )

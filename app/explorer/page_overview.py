@@ -1,0 +1,189 @@
+"""Overview: how good the SAE is, all its features in one picture, and a table to search them."""
+
+from html import escape
+from typing import Any
+
+import numpy as np
+import streamlit as st
+
+from app.explorer.explorer_charts import density_histogram, feature_scatter
+from app.explorer.explorer_links import feature_address, go
+from app.explorer.explorer_state import the_run
+from app.explorer.explorer_style import Card, cards_html, number, part, percent
+from features.labels import Label
+from features.run import Run
+
+CONTROL_NAMES = {"principal_components": "principal components", "random_weights": "random SAE"}
+STRENGTHS = {"largest": "max", "mean": "mean"}
+
+
+def show() -> None:
+    """The page."""
+    run = the_run()
+    st.html(_heading(run))
+    _figures(run)
+    labels = run.labels.all()
+    chosen = _pictures(run, labels)
+    _table(run, labels, chosen)
+
+
+def _heading(run: Run) -> str:
+    sae = run.config.sae
+    kind = f"TopK, k = {sae.k}" if sae.architecture == "topk" else sae.architecture
+    facts = (
+        f"{sae.d_sae:,} features ({kind}) of {run.config.model} at {run.config.hook_name}, trained on"
+        f" {run.config.tokens:,} tokens, indexed on {run.index.n_tokens:,}"
+    )
+    return f'<h1 class="page">{escape(run.name)}</h1><p class="faint">{escape(facts)}</p>'
+
+
+def _figures(run: Run) -> None:
+    if not run.folder.evaluation.is_file():
+        st.info("This run has not been evaluated yet: the command `sae evaluate` does it.")
+        return
+    evaluation = run.evaluation
+    st.html(
+        cards_html(
+            [
+                _card(
+                    evaluation,
+                    "explained_variance",
+                    "Explained variance",
+                    "1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² over the test split",
+                ),
+                _card(
+                    evaluation,
+                    "ce_loss_recovered",
+                    "CE loss recovered",
+                    "(CE with zeros − CE with the SAE) / (CE with zeros − CE of the model)",
+                ),
+                _card(evaluation, "l0", "L0", "features that fire per token"),
+                _card(evaluation, "kl", "KL divergence", "of predictions with the SAE from the model's own, in nats"),
+                Card(
+                    "Dead features",
+                    "–" if evaluation["dead_fraction"] is None else percent(evaluation["dead_fraction"]),
+                    f"{percent(evaluation['alive_fraction'])} fire on the test split",
+                    "features that did not fire on the last tokens of training",
+                ),
+            ]
+        )
+        + f'<p class="hint" style="margin-top:.45rem">Test split: {evaluation["tokens"]:,} tokens of'
+        f" {evaluation['documents']:,} documents that neither model nor SAE has read. Brackets: 95% bootstrap intervals"
+        " over documents. Controls have the same L0.</p>"
+    )
+
+
+def _card(evaluation: dict[str, Any], key: str, name: str, definition: str) -> Card:
+    def figure(value: float | None) -> str:
+        return "–" if value is None else number(value)
+
+    low, high = evaluation["intervals"].get(key) or (None, None)
+    notes = [] if low is None else [f"[{figure(low)}, {figure(high)}]"]
+    if key != "l0":
+        notes += [f"{CONTROL_NAMES.get(n, n)} {figure(c[key])}" for n, c in evaluation["controls"].items() if key in c]
+    return Card(name, figure(evaluation[key]), " · ".join(notes), definition)
+
+
+def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
+    """The two plots; returns the features that were framed in the scatter plot, None if none were."""
+    index = run.index
+    firing = np.flatnonzero(index.count)
+    silent = index.d_sae - len(firing)
+    left, right = st.columns([2.1, 1], gap="medium")
+    with left:
+        st.html(
+            part(
+                "Every feature",
+                "A click opens a feature; the frame and lasso tools (top right) list what they catch below."
+                + (f" {silent:,} features never fired in the index and are not drawn." if silent else ""),
+            )
+        )
+        strength = st.segmented_control(
+            "Activation shown",
+            list(STRENGTHS),
+            default="largest",
+            required=True,
+            key="height",
+            bind="query-params",
+            label_visibility="collapsed",
+        )
+        values = index.max if STRENGTHS[strength] == "max" else index.mean
+        scores = np.full(index.d_sae, np.nan)
+        texts = [""] * index.d_sae
+        for label in labels.values():
+            texts[label.feature] = label.text
+            scores[label.feature] = np.nan if label.f1 is None else label.f1
+        figure = feature_scatter(
+            firing, index.density[firing], values[firing], strength, scores[firing], [texts[i] for i in firing]
+        )
+        event = st.plotly_chart(figure, key="scatter", on_select="rerun", config={"displaylogo": False})
+    with right:
+        st.html(part("How often features fire", "Most features are rare: a density of 10⁻³ is one token in a thousand."))
+        st.plotly_chart(density_histogram(index.density[firing]), key="density", config={"displayModeBar": False})
+    caught = sorted({int(point["customdata"]) for point in event.selection.points})
+    if len(caught) == 1 and not (event.selection.box or event.selection.lasso):
+        go(feature_address(caught[0]))
+    return np.array(caught) if len(caught) > 1 else None
+
+
+def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> None:
+    index = run.index
+    st.html(part("Find a feature", "Words of a label or note, or a feature's number; a click on a row opens it."))
+    wanted = st.text_input(
+        "Search",
+        key="q",
+        bind="query-params",
+        placeholder="import, indentation, 1234 …",
+        label_visibility="collapsed",
+        icon=":material/search:",
+        type="search",
+    )
+    features = np.arange(index.d_sae) if chosen is None else chosen
+    wanted = (wanted or "").strip()
+    if wanted:
+        found = {label.feature for label in run.labels.search(wanted)}
+        if wanted.isdigit() and int(wanted) < index.d_sae:
+            found.add(int(wanted))
+        features = np.array([feature for feature in features if feature in found], dtype=np.int64)
+    else:
+        # Scored labels first, so that the first screen shows features that mean something.
+        scores = np.array([_score(labels.get(int(feature))) for feature in features])
+        features = features[np.argsort(-scores, kind="stable")]
+    what = f"{len(features):,} of {index.d_sae:,} features"
+    st.html(f'<p class="hint">{what}{" in the frame above" if chosen is not None else ""}</p>')
+    if not len(features):
+        return
+    rows = [labels.get(int(feature)) for feature in features]
+    picked = st.dataframe(
+        {
+            "feature": features,
+            "label": [label.text if label else "" for label in rows],
+            "by": [label.source if label and label.text else "" for label in rows],
+            "F1": [label.f1 if label else None for label in rows],
+            "density": index.density[features],
+            "max": index.max[features],
+            "mean": index.mean[features],
+        },
+        key="table",
+        height=460,
+        hide_index=True,
+        on_select="rerun",
+        selection_mode="single-row",
+        column_config={
+            "feature": st.column_config.NumberColumn(width=70, format="%d"),
+            "label": st.column_config.TextColumn(width="large"),
+            "by": st.column_config.TextColumn(width=90, help="who gave the label"),
+            "F1": st.column_config.ProgressColumn(
+                width=110, min_value=0, max_value=1, format="%.2f", help="of the automatic label, on held-out documents"
+            ),
+            "density": st.column_config.NumberColumn(width=90, format="%.2e", help="share of tokens on which it fires"),
+            "max": st.column_config.NumberColumn(width=75, format="%.2f", help="largest activation in the index"),
+            "mean": st.column_config.NumberColumn(width=75, format="%.2f", help="mean activation where it fires"),
+        },
+    )
+    if picked.selection.rows:
+        go(feature_address(int(features[picked.selection.rows[0]])))
+
+
+def _score(label: Label | None) -> float:
+    return -1.0 if label is None or label.f1 is None else label.f1

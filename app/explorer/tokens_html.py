@@ -1,0 +1,100 @@
+"""Tokens as HTML: each coloured by an activation, with its value on hover; every character of the text escaped.
+
+One block of HTML for a whole list of examples, because thousands of separate elements make a page slow. The classes
+are styled in :mod:`app.explorer.explorer_style`.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from html import escape
+
+FAINTEST = 0.10  # opacity of the weakest activation, so that a token that fires at all can be seen
+_WHITESPACE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
+
+
+def visible(token: str) -> str:
+    """A token's text on one line with nothing unseen: spaces, line ends, tabs and control characters get a sign."""
+    return printable(token).translate(_WHITESPACE)
+
+
+def printable(text: str) -> str:
+    """``text`` with control and formatting characters shown as signs; line ends, tabs and spaces stay."""
+    return "".join(_sign(character) for character in text)
+
+
+def token_html(token: str, activation: float, maximum: float, *, one_line: bool, peak: bool = False) -> str:
+    """One token, coloured by ``activation / maximum`` where it is not 0.
+
+    Args:
+        activation: what the feature does at this token. maximum: what full colour stands for.
+        one_line: line ends become signs instead of new lines.
+        peak: whether to frame the token.
+    """
+    text = printable(token)
+    if one_line:
+        text = text.replace("\n", "↵").replace("\t", "⇥")
+    if activation == 0:
+        return escape(text)
+    # A line end that fires would otherwise be invisible, and so would a token whose character stands at another.
+    shown = escape(text.replace("\n", "↵\n") if text else "‥")
+    classes = f"t{' n' if activation < 0 else ''}{' p' if peak else ''}"
+    title = escape(f"{visible(token) or 'part of a character'}   {activation:.3g}{_of_maximum(activation, maximum)}")
+    return f'<span class="{classes}" style="--a:{_opacity(activation, maximum):.3f}" title="{title}">{shown}</span>'
+
+
+def tokens_html(
+    tokens: Sequence[str],
+    activations: Sequence[float],
+    maximum: float,
+    *,
+    peak: int | None = None,
+    one_line: bool = False,
+) -> str:
+    """A run of tokens as one ``<div>``.
+
+    Args:
+        tokens: exact text of each token. activations: one value per token.
+        maximum: the activation that full colour stands for, most often the feature's maximum in the index.
+        peak: index of a token to frame.
+        one_line: show line ends as signs, for compact lists.
+
+    Raises:
+        ValueError: tokens and activations differ in number.
+    """
+    body = "".join(
+        token_html(token, float(activation), maximum, one_line=one_line, peak=place == peak)
+        for place, (token, activation) in enumerate(zip(tokens, activations, strict=True))
+    )
+    return f'<div class="tokens{" line" if one_line else ""}" dir="ltr">{body}</div>'
+
+
+def chip(token: str) -> str:
+    """A token as a small framed word, whitespace made visible."""
+    return f'<code class="chip">{escape(visible(token)) or "‥"}</code>'
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` as Streamlit's Markdown shows it literally, on one line.
+
+    For what can only be given as Markdown (labels of widgets, messages): HTML and ``st.text`` need none of this.
+    """
+    line = " ".join(text.split())
+    return "".join(f"\\{c}" if c.isascii() and not c.isalnum() and c != " " else c for c in line)
+
+
+def _sign(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf"):
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def _opacity(activation: float, maximum: float) -> float:
+    share = min(abs(activation) / maximum, 1.0) if maximum > 0 else 1.0
+    return FAINTEST + (1 - FAINTEST) * share
+
+
+def _of_maximum(activation: float, maximum: float) -> str:
+    return f" · {activation / maximum:.0%} of the maximum" if maximum > 0 else ""

@@ -1,0 +1,171 @@
+"""Show that steering works: choose a feature that steers, a strength that leaves the text whole, and measure both.
+
+The measure is the share of written tokens that are the feature's *own*: those that it promotes by the logit lens,
+and those that it fires on. It is compared with the share in the text written from the same seed without steering.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from activations.errors import InputError
+from activations.models import LanguageModel
+from features.steering import (
+    LENS_TOKENS,
+    Method,
+    activation_targets,
+    edit_for,
+    edit_rows,
+    output_scores,
+    steer,
+)
+from sae.model import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from features.index import FeatureIndex
+
+STRENGTHS = (1.0, 2.0, 4.0)
+FINALISTS = 8
+SEEDS = 3
+MIN_DISTINCT = 0.75  # of the distinct tokens of unsteered text: below, the text has begun to repeat itself
+TEMPERATURE = 0.7
+_CANDIDATES = 256
+_RAREST, _DENSEST = 1e-4, 0.02  # share of tokens on which a candidate fires
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One feature steered, with what it takes to do it again.
+
+    Attributes:
+        feature, strength, method, prompt, seed, max_new_tokens, temperature: the settings; strength in units of
+            the feature's maximum.
+        output_score: see :func:`features.steering.output_scores`.
+        default, steered: the two continuations from that seed.
+        default_share, steered_share: share of the feature's own tokens in them.
+        mean_default_share, mean_steered_share: the same over ``n_seeds`` seeds, of which the one shown is the
+            median.
+        own_tokens: ids of the feature's own tokens.
+    """
+
+    feature: int
+    strength: float
+    method: Method
+    prompt: str
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    output_score: float
+    default: str
+    steered: str
+    default_share: float
+    steered_share: float
+    mean_default_share: float
+    mean_steered_share: float
+    n_seeds: int
+    own_tokens: frozenset[int]
+
+
+def own_tokens(index: "FeatureIndex", feature: int) -> frozenset[int]:
+    """Ids of the tokens that a feature promotes most, and of those that it fires on most."""
+    promoted = (token_id for _, token_id, _ in index.promoted(feature)[:LENS_TOKENS])
+    fired_on = (statistic.token_id for statistic in index.top_tokens(feature)[:LENS_TOKENS])
+    return frozenset((*promoted, *fired_on))
+
+
+def promoted_share(model: LanguageModel, text: str, tokens: frozenset[int]) -> float:
+    """Share of the tokens of ``text`` that are among ``tokens``; 0 for an empty text."""
+    ids = model.tokenizer.encode(text)
+    return sum(i in tokens for i in ids) / max(len(ids), 1)
+
+
+def distinct_share(model: LanguageModel, text: str) -> float:
+    """Number of different tokens of ``text`` as a share of all of them: low where a text repeats itself."""
+    ids = model.tokenizer.encode(text)
+    return len(set(ids)) / max(len(ids), 1)
+
+
+def choose_demonstration(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    index: "FeatureIndex",
+    *,
+    prompt: str = "def ",
+    method: Method = "clamp",
+    max_new_tokens: int = 48,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+) -> Demonstration:
+    """Choose a feature by its output score and a strength by a small sweep.
+
+    The features with the best output scores are steered at several strengths, from several seeds, all in one
+    batch. The pair of feature and strength wins that adds most to the share of the feature's own tokens while
+    the texts stay nearly as varied as unsteered ones.
+
+    Raises:
+        InputError: no feature of the index is neither very rare nor very common, or the prompt is too long.
+    """
+    usable = np.flatnonzero((index.density >= _RAREST) & (index.density <= _DENSEST))
+    if not len(usable):
+        raise InputError(
+            "There is no feature to demonstrate steering with: none fires on 0.01% to 2% of tokens."
+        )
+    candidates = usable[np.linspace(0, len(usable) - 1, min(_CANDIDATES, len(usable))).astype(int)].tolist()
+    scores = output_scores(model, sae, index, candidates)
+    best = scores.argsort(descending=True, stable=True)[:FINALISTS].tolist()
+    score_of = {candidates[i]: float(scores[i]) for i in best}
+
+    settings = [(f, s) for f in score_of for s in STRENGTHS]
+    rows = [(f, s) for f, s in settings for _ in range(SEEDS)]
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+
+    def write() -> list[str]:
+        return model.generate([prompt] * len(rows), **sampling)
+
+    default = write()
+    with model.edited(_edit(sae, index, rows, method)):
+        steered = write()
+    owned = {feature: own_tokens(index, feature) for feature in score_of}
+    shares = np.array(
+        [
+            [promoted_share(model, text, owned[feature]) for text in pair]
+            for (feature, _), pair in zip(rows, zip(default, steered, strict=True), strict=True)
+        ]
+    ).reshape(len(settings), SEEDS, 2)
+    distinct = (
+        np.array([distinct_share(model, text) for text in steered]).reshape(len(settings), SEEDS).mean(1)
+    )
+    gains = shares[:, :, 1] - shares[:, :, 0]
+    floor = MIN_DISTINCT * float(np.mean([distinct_share(model, text) for text in default]))
+    winner = int(np.where(distinct >= floor, gains.mean(axis=1), gains.mean(axis=1).min() - 1).argmax())
+    feature, strength = settings[winner]
+    # A batch draws row i from seed + i, so the row is written again, alone, from that seed.
+    shown = int(np.argsort(gains[winner], kind="stable")[SEEDS // 2])
+    row_seed = seed + winner * SEEDS + shown
+    edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
+    pair = steer(model, [edit], prompt, seed=row_seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    return Demonstration(
+        feature=feature,
+        strength=strength,
+        method=method,
+        prompt=prompt,
+        seed=row_seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        output_score=score_of[feature],
+        default=pair.default,
+        steered=pair.steered,
+        default_share=promoted_share(model, pair.default, owned[feature]),
+        steered_share=promoted_share(model, pair.steered, owned[feature]),
+        mean_default_share=float(shares[winner, :, 0].mean()),
+        mean_steered_share=float(shares[winner, :, 1].mean()),
+        n_seeds=SEEDS,
+        own_tokens=owned[feature],
+    )
+
+
+def _edit(sae: SparseAutoencoder, index: "FeatureIndex", rows: Sequence[tuple[int, float]], method: Method):
+    strengths = [strength * float(index.max[feature]) for feature, strength in rows]
+    return edit_rows(sae, [feature for feature, _ in rows], strengths, method)

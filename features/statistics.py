@@ -1,0 +1,94 @@
+"""What the activations of every feature look like: how often, how strong, how distributed.
+
+The histogram has fixed, log-spaced edges (ten bins to each factor of ten), so that it is filled in one pass,
+means the same for every feature and every corpus, and gives quantiles to within a bin.
+"""
+
+import numpy as np
+
+from features.groups import group_starts
+
+BINS_PER_DECADE = 10
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -3, 5
+N_BINS = BINS_PER_DECADE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
+HISTOGRAM_EDGES = np.logspace(LOWEST_EXPONENT, HIGHEST_EXPONENT, N_BINS + 1).astype(np.float32)
+"""float32 ``[N_BINS + 1]``, 0.001 to 100,000: wider than the activations of any model we know. Bin i holds
+``edges[i] <= a < edges[i + 1]``; what lies outside is counted in the first or last bin."""
+
+
+def histogram_bin(value: np.ndarray) -> np.ndarray:
+    """The bin of each activation: int64 of the shape of ``value``, which is float32 and positive."""
+    guess = (np.log(value) - np.log(HISTOGRAM_EDGES[0])) * (BINS_PER_DECADE / np.log(10))
+    bins = guess.clip(0, N_BINS - 1).astype(np.int64)
+    # The logarithm is rounded, so beside an edge it may be one bin off; the edges decide.
+    bins += (value >= HISTOGRAM_EDGES[bins + 1]) & (bins < N_BINS - 1)
+    bins -= (value < HISTOGRAM_EDGES[bins]) & (bins > 0)
+    return bins
+
+
+def histogram_quantile(counts: np.ndarray, edges: np.ndarray, maximum: float, q: float) -> float:
+    """The activation below which a fraction ``q`` of a feature's firings lies, to within one bin.
+
+    Log-linear within the bin; the last bin that is not empty ends at the feature's maximum.
+
+    Args:
+        counts: ``[n_bins]``, of one feature. edges: ``[n_bins + 1]``. maximum: its largest activation.
+        q: 0 to 1.
+
+    Returns:
+        0.0 for a feature that never fired.
+    """
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return 0.0
+    below = np.cumsum(counts) - counts
+    wanted = q * counts.sum()
+    index = filled[np.searchsorted(below[filled], wanted, side="right") - 1]
+    low = float(edges[index])
+    high = maximum if index == filled[-1] else float(edges[index + 1])
+    fraction = min((wanted - below[index]) / counts[index], 1.0)
+    return min(low * (high / low) ** fraction, maximum)
+
+
+class ActivationStatistics:
+    """Per-feature statistics, summed as firings pass by.
+
+    Attributes:
+        count: int64 ``[d_sae]``, number of firings.
+        total, squares: float64 ``[d_sae]``, Σa and Σa².
+        max: float32 ``[d_sae]``, 0 where nothing fired.
+        histogram: int64 ``[d_sae, N_BINS]``.
+    """
+
+    def __init__(self, d_sae: int) -> None:
+        self.count = np.zeros(d_sae, dtype=np.int64)
+        self.total = np.zeros(d_sae)
+        self.squares = np.zeros(d_sae)
+        self.max = np.zeros(d_sae, dtype=np.float32)
+        self.histogram = np.zeros((d_sae, N_BINS), dtype=np.int64)
+
+    def add(self, feature: np.ndarray, value: np.ndarray) -> None:
+        """Count firings: int64 ``[m]``, sorted, and float32 ``[m]``."""
+        if not len(feature):
+            return
+        self.count += np.bincount(feature, minlength=len(self.count))
+        # add.at adds one by one in the order of the text, so the sums do not depend on how the text was cut.
+        exact = value.astype(np.float64)
+        np.add.at(self.total, feature, exact)
+        np.add.at(self.squares, feature, exact * exact)
+        starts = group_starts(feature)
+        firing = feature[starts]
+        self.max[firing] = np.maximum(self.max[firing], np.maximum.reduceat(value, starts))
+        cells = np.bincount(feature * N_BINS + histogram_bin(value), minlength=self.histogram.size)
+        self.histogram += cells.reshape(self.histogram.shape)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 ``[d_sae]``, over firings; 0 where nothing fired."""
+        return self.total / self.count.clip(min=1)
+
+    @property
+    def std(self) -> np.ndarray:
+        """float64 ``[d_sae]``, over firings (divided by their number, not by one less)."""
+        variance = self.squares / self.count.clip(min=1) - self.mean**2
+        return np.sqrt(variance.clip(min=0))

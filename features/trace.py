@@ -1,0 +1,114 @@
+"""Which features fire where in a text that somebody pastes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations.blocks import TokenBlocks
+from activations.capture import capture_blocks, kept_positions
+from activations.errors import InputError
+from activations.models import LanguageModel
+from sae.codes import Pattern, SparseCodes
+from sae.model import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The tokens of a text and the features that fire on them.
+
+    Attributes:
+        tokens: the text of each of the n tokens; joined, they are the text.
+        ids: their ids.
+        codes: the firing features of each token, n rows on the CPU; none at positions the SAE was not trained on.
+    """
+
+    tokens: list[str]
+    ids: list[int]
+    codes: SparseCodes
+
+    def at(self, position: int) -> list[tuple[int, float]]:
+        """(feature, activation) of the features that fire on one token, strongest first."""
+        _, features, values = self.codes.row_slice(position, position + 1).entries()
+        order = values.argsort(descending=True, stable=True)
+        return list(zip(features[order].tolist(), values[order].tolist(), strict=True))
+
+    def activations(self, feature: int) -> np.ndarray:
+        """The activation of one feature on every token, float32 ``[n]``."""
+        column: np.ndarray = self.codes.column(feature).float().numpy()
+        return column
+
+    def strongest(self, n: int = 20, maxima: np.ndarray | None = None) -> list[tuple[int, float, int]]:
+        """The features that fire most strongly anywhere in the text.
+
+        Args:
+            n: at most so many.
+            maxima: ``[d_sae]``; if given, activations are compared as shares of the feature's maximum, so that
+                features with large activations by nature do not come first everywhere.
+
+        Returns:
+            (feature, its largest activation, the position of that), strongest first.
+        """
+        rows, features, values = self.codes.entries()
+        weights = values.double()
+        if maxima is not None:
+            weights = weights / torch.as_tensor(np.asarray(maxima), dtype=torch.float64)[features].clamp_min(
+                1e-12
+            )
+        order = weights.argsort(descending=True, stable=True)
+        found: dict[int, tuple[int, float, int]] = {}
+        for entry in order.tolist():
+            if len(found) == n:
+                break
+            feature = int(features[entry])
+            found.setdefault(feature, (feature, float(values[entry]), int(rows[entry])))
+        return list(found.values())
+
+
+def trace_text(model: LanguageModel, sae: SparseAutoencoder, text: str) -> Trace:
+    """Which features fire where in ``text``.
+
+    A text longer than the SAE's context is read in consecutive windows, which do not see each other. Where the
+    SAE was trained behind BOS, every window is read behind BOS, which is no part of the trace.
+
+    Raises:
+        InputError: the text is empty.
+    """
+    ids = model.tokenizer.encode(text)
+    if not ids:
+        raise InputError("The text is empty: give at least one character.")
+    has_bos = sae.metadata.get("prepend_bos", model.tokenizer.adds_bos)
+    bos = [model.tokenizer.bos_id] if has_bos and model.tokenizer.bos_id is not None else []
+    context = min(int(sae.metadata.get("context_size") or model.context_length), model.context_length) - len(
+        bos
+    )
+    exclusion = sae.exclusion(model.tokenizer)
+    parts = []
+    for start in range(0, len(ids), context):
+        window = torch.tensor([bos + ids[start : start + context]])
+        x = model.capture(window, [sae.hook_name])[sae.hook_name]
+        parts.append(encode_kept(sae, x[0, len(bos) :], exclusion.kept(window, x)[0, len(bos) :]))
+    return Trace(model.tokenizer.pieces(ids), ids, SparseCodes.concatenate(parts))
+
+
+def encode_kept(sae: SparseAutoencoder, x: Tensor, kept: Tensor) -> SparseCodes:
+    """Codes of ``x [n, d_in]`` on the CPU, ragged, with no firing features in rows that are not ``kept [n]``."""
+    codes = sae.encode(x[kept].to(sae.device))
+    counts = torch.zeros(len(x), dtype=torch.int64)
+    counts[kept.cpu()] = codes.pattern.counts.cpu()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseCodes(
+        Pattern(sae.d_sae, codes.indices.flatten().cpu(), offsets), codes.values.flatten().cpu()
+    )
+
+
+def mean_norm(model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks) -> float:
+    """Mean Euclidean norm of the activations at the SAE's hook over ``blocks``, excluded positions left out."""
+    exclusion = sae.exclusion(model.tokenizer)
+    total, n = 0.0, 0
+    for start, activations in capture_blocks(model, blocks, [sae.hook_name]):
+        x = activations[sae.hook_name]
+        norms = x.float().norm(dim=-1)[kept_positions(blocks, start, start + len(x), x, exclusion)]
+        total, n = total + float(norms.double().sum()), n + len(norms)
+    return total / max(n, 1)

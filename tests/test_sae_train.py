@@ -1,0 +1,184 @@
+"""Training: it learns, it keeps its invariants, and an interrupted run ends in the same bits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from activations.errors import InputError
+from sae.config import SAEConfig, TrainConfig
+from sae.model import SparseAutoencoder
+from sae.train import Trainer, train
+
+D_IN, D_SAE, K = 16, 48, 3
+
+
+class PlantedBatches:
+    """Sums of three of 32 planted directions, off centre: data a TopK SAE can explain. Killed on request."""
+
+    def __init__(self, n_batches: int, batch: int = 64, dies_after: int | None = None) -> None:
+        self.n_batches, self.batch, self.dies_after = n_batches, batch, dies_after
+        generator = torch.Generator().manual_seed(1)
+        self.directions = torch.nn.functional.normalize(torch.randn(32, D_IN, generator=generator), dim=1)
+        self.done = 0
+
+    def make(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + number)
+        chosen = torch.rand(self.batch, 32, generator=generator).topk(K).indices
+        strengths = torch.rand(self.batch, K, generator=generator) + 0.5
+        return torch.zeros(self.batch, 32).scatter(1, chosen, strengths) @ self.directions + 3.0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.done < self.n_batches:
+            if self.done == self.dies_after:
+                raise KeyboardInterrupt
+            self.done += 1
+            yield self.make(self.done)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+def config(architecture: str = "topk", steps: int = 400) -> TrainConfig:
+    sae = SAEConfig(architecture=architecture, d_sae=D_SAE, k=K, l1=0.5)  # type: ignore[arg-type]
+    return TrainConfig(tokens=steps * 64, batch_tokens=64, learning_rate=1e-2, sae=sae)
+
+
+def moments(batches: PlantedBatches) -> tuple[Tensor, float]:
+    sample = torch.cat([batches.make(i) for i in range(20)])
+    mean = sample.mean(0)
+    return mean, float((D_IN / (sample - mean).square().sum(1).mean()).sqrt())
+
+
+def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
+    return 1 - float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize(("architecture", "floor"), [("topk", 0.8), ("relu", 0.8)])
+def test_learns_planted_directions(tmp_path: Path, architecture: str, floor: float) -> None:
+    batches = PlantedBatches(400)
+    sae = train(config(architecture), batches, *moments(batches), tmp_path)
+    held_out = torch.cat([batches.make(i) for i in range(9000, 9020)])
+    assert explained_variance(sae, held_out) > floor
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 100
+    assert lines[-1]["tokens"] == 400 * 64
+    assert lines[-1]["explained_variance"] > lines[0]["explained_variance"]
+
+
+def test_decoder_rows_stay_unit_and_inputs_are_folded(tmp_path: Path) -> None:
+    batches = PlantedBatches(30)
+    mean, scale = moments(batches)
+    trainer = Trainer(config(steps=30), mean, scale)
+    for batch in batches:
+        trainer.step(batch)
+    torch.testing.assert_close(trainer.weights.W_dec.norm(dim=1), torch.ones(D_SAE))
+    x = batches.make(77)
+    normalised = (x - mean) * scale
+    inside = trainer.architecture.encode(trainer.weights, normalised)
+    sae = trainer.folded({})
+    torch.testing.assert_close(sae.encode(x).to_dense() * scale, inside.to_dense(), rtol=1e-4, atol=1e-4)
+    from sae.sparse import decode
+
+    with torch.no_grad():
+        expected = decode(inside, trainer.weights.W_dec, trainer.weights.b_dec) / scale + mean
+    torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dies_after", [37, 60, 111])
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str, dies_after: int) -> None:
+    settings = config(architecture, steps=120)
+    whole = PlantedBatches(120)
+    mean, scale = moments(whole)
+    expected = train(settings, whole, mean, scale, tmp_path / "whole", inputs={"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, PlantedBatches(120, dies_after=dies_after), mean, scale, tmp_path / "cut", inputs={"a": 1})
+    assert (tmp_path / "cut" / "checkpoints").is_dir()
+    resumed = PlantedBatches(120)
+    sae = train(settings, resumed, mean, scale, tmp_path / "cut", inputs={"a": 1})
+    assert sae.hash == expected.hash
+    for name in ("metrics.jsonl", "sae/sae_weights.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_other_inputs_start_afresh_and_equal_inputs_are_not_trained_again(tmp_path: Path) -> None:
+    batches = PlantedBatches(20)
+    mean, scale = moments(batches)
+    first = train(config(steps=20), batches, mean, scale, tmp_path, inputs={"seed": 1})
+    untouched = PlantedBatches(20, dies_after=0)
+    assert train(config(steps=20), untouched, mean, scale, tmp_path, inputs={"seed": 1}).hash == first.hash
+    with pytest.raises(KeyboardInterrupt):
+        train(config(steps=20), untouched, mean, scale, tmp_path, inputs={"seed": 2})
+
+
+def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
+    """A feature whose encoder points away from the data never fires by itself, and AuxK turns it round."""
+    batches = PlantedBatches(200)
+    mean, scale = moments(batches)
+
+    def firings_of_dead_feature(auxk: float) -> int:
+        settings = TrainConfig(
+            tokens=200 * 64,
+            batch_tokens=64,
+            learning_rate=1e-2,
+            sae=SAEConfig(d_sae=D_SAE, k=K, auxk=auxk),
+        )
+        trainer = Trainer(settings, mean, scale)
+        trainer.dead_window = 640
+        with torch.no_grad():
+            trainer.weights.b_enc[:8] = -30.0
+        for number in range(200):
+            trainer.step(batches.make(number))
+        x = (batches.make(9999) - mean) * scale
+        fired = trainer.architecture.encode(trainer.weights, x).indices
+        return int((fired < 8).sum())
+
+    assert firings_of_dead_feature(0.0) == 0
+    # The bias alone moves by at most 200 · 1e-2 = 2: to fire, the encoder must have turned too.
+    trainer = Trainer(config(), mean, scale)
+    trainer.dead_window = 640
+    with torch.no_grad():
+        trainer.weights.b_enc[:8] = -30.0
+    before = trainer.weights.encoder_rows[:8].detach().clone()
+    for number in range(50):
+        trainer.step(batches.make(number))
+    assert (trainer.weights.encoder_rows[:8] - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("sae", "sentence"),
+    [
+        (SAEConfig(d_sae=8, k=8), "k is 8, and must be at least 1 and less than the number of features, 8."),
+        (SAEConfig(d_sae=8, k=9), "k is 9, and must be at least 1 and less than the number of features, 8."),
+        (SAEConfig(d_sae=0), "d_sae is 0, and an SAE needs at least one feature."),
+        (SAEConfig(architecture="relu", l1=-1.0), "l1 is -1.0, and must not be negative."),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    tmp_path: Path, sae: SAEConfig, sentence: str
+) -> None:
+    batches = PlantedBatches(1)
+    with pytest.raises(InputError) as error:
+        train(TrainConfig(sae=sae), batches, *moments(batches), tmp_path / "run")
+    assert str(error.value) == sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_follow_the_length_of_the_run() -> None:
+    short, usual, long = (TrainConfig(tokens=n) for n in (20_000, 2_000_000, 500_000_000))
+    assert usual.resolved_batch_tokens() == 4096
+    assert short.resolved_batch_tokens() < usual.resolved_batch_tokens() == long.resolved_batch_tokens()
+    assert short.n_steps() > 100
+    assert usual.resolved_learning_rate() == pytest.approx(8e-3, rel=0.05)
+    # SAEBench's recipe, 3e-4 for 244,000 steps (2503.09532), lies on the same curve within 40%.
+    steps = TrainConfig(tokens=244_000 * 2048, batch_tokens=2048)
+    assert steps.resolved_learning_rate() == pytest.approx(3e-4, rel=0.4)
