@@ -336,7 +336,7 @@ class LanguageModel:
         unembedding = self._any_model.get_output_embeddings()
         gain: Tensor = norm.weight
         weight: Tensor = unembedding.weight
-        return gain.float(), weight.float().T
+        return gain.detach().float(), weight.detach().float().T
 
     @property
     def _any_model(self) -> Any:

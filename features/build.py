@@ -151,7 +151,7 @@ class _Accumulators:
             "histogram": statistics.histogram.astype(np.uint32),
             "histogram_edges": HISTOGRAM_EDGES,
             "token_id": tokens.token,
-            "token_count": tokens.count.astype(np.uint32),
+            "token_count": tokens.firings.astype(np.uint32),
             "token_mean": tokens.mean,
             "vocabulary_count": self.vocabulary_count,
         }
@@ -208,15 +208,15 @@ def _check_belongs(
     width = model.width(sae.hook_name)
     if width != sae.d_in:
         raise InputError(
-            f"The SAE reads vectors of width {sae.d_in}, and {sae.hook_name} of {model.name} has width {width}:"
-            " give the model that the SAE was trained on."
+            f"The SAE reads vectors of width {sae.d_in}, and {sae.hook_name} of {model.name} has width"
+            f" {width}: give the model that the SAE was trained on."
         )
     if store is None:
         return
     if store.hook_name != sae.hook_name:
         raise InputError(
-            f"{store.folder} holds activations of {store.hook_name}, and the SAE reads {sae.hook_name}: give a"
-            " store of that hook."
+            f"{store.folder} holds activations of {store.hook_name}, and the SAE reads {sae.hook_name}:"
+            " give a store of that hook."
         )
     n, held = blocks.n_blocks, store.blocks
     same_ids = np.array_equal(held.ids[:n], blocks.ids)

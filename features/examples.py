@@ -9,7 +9,7 @@ and the cuts of the stream. After the pass the sample is sorted into quantile ba
 import numpy as np
 
 from features.firings import Firings
-from features.groups import place_in_group
+from features.groups import group_starts, place_in_group
 from features.layout import N_BANDS, WINDOW
 from features.statistics import N_BINS, histogram_bin
 
@@ -66,8 +66,14 @@ class ExampleTable:
             rank: int64 ``[m]``, below UNUSED. document: int32 ``[m]``.
         """
         # Later firings lose ties, so only a strictly better rank displaces the worst of those kept.
-        rivals = np.flatnonzero(rank < self.table["rank"][firings.feature, -1])
-        features, rival_row = np.unique(firings.feature[rivals], return_inverse=True)
+        if self.one_per_document:
+            rivals = _first_of_document(firings.feature, document, rank)
+            rivals = rivals[rank[rivals] < self.table["rank"][firings.feature[rivals], -1]]
+        else:
+            rivals = np.flatnonzero(rank < self.table["rank"][firings.feature, -1])
+        starts = group_starts(firings.feature[rivals])
+        features = firings.feature[rivals[starts]]
+        rival_row = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(rivals)))
         held = self.table[features]
         row, place = np.nonzero(held["rank"] != UNUSED)
         held = held[row, place]
@@ -135,6 +141,17 @@ def blank_examples(*shape: int) -> np.ndarray:
     blank["rank"] = UNUSED
     blank["position"] = -1
     return blank
+
+
+def _first_of_document(feature: np.ndarray, document: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Which firings rank first in their stretch of one feature and one document: int64, ascending."""
+    is_start = (np.diff(feature, prepend=-1) != 0) | (np.diff(document, prepend=-1) != 0)
+    starts = np.flatnonzero(is_start)
+    if not len(starts):
+        return starts
+    stretch = is_start.cumsum() - 1
+    best = np.flatnonzero(rank == np.minimum.reduceat(rank, starts)[stretch])
+    return best[group_starts(stretch[best])]
 
 
 def _examples(firings: Firings, chosen: np.ndarray, rank: np.ndarray, document: np.ndarray) -> np.ndarray:

@@ -21,6 +21,8 @@ make the F1 of the whole set largest.
 import re
 from dataclasses import dataclass
 
+from typing import Any
+
 import numpy as np
 
 from activations.blocks import TokenBlocks
@@ -38,7 +40,7 @@ UNSURE_BELOW = 0.3
 """F1 below which a label begins with "maybe": it predicts firing too badly to be an explanation."""
 DENSE_ABOVE = 0.1
 """Density above which "always" is tried."""
-_MIN_SAMPLED = 2  # of a feature's sampled firings must have a token, or its share says nothing
+_MIN_FIRINGS = 2  # of a feature's (sampled) firings must have a token: one may be chance
 
 _EDGES_AND_RUNS = re.compile(r"^ +| +$| {2,}")
 _MARKS = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥"})
@@ -99,8 +101,12 @@ def label_features(
     counts = count_predictions(
         model, sae, score_blocks, [proposal.predicates for proposal in proposals], progress=progress
     )
-    inputs = {"sae_hash": sae.hash, "index": index.manifest["inputs"], "score_blocks_hash": score_blocks.hash}
-    labels.put_automatic(choose(index, proposals, counts), inputs)
+    labels.put_automatic(choose(index, proposals, counts), label_inputs(sae, index, score_blocks))
+
+
+def label_inputs(sae: SparseAutoencoder, index: FeatureIndex, score_blocks: TokenBlocks) -> dict[str, Any]:
+    """What automatic labels depend on; :attr:`Labels.inputs` says what those on disk were made from."""
+    return {"sae_hash": sae.hash, "index": index.manifest["inputs"], "score_blocks_hash": score_blocks.hash}
 
 
 def propose(index: FeatureIndex) -> list[Proposal]:
@@ -110,7 +116,7 @@ def propose(index: FeatureIndex) -> list[Proposal]:
     fired = np.asarray(index.count)
 
     token, count = _array(index, "token_id"), _array(index, "token_count")
-    feature, place = np.nonzero(token >= 0)
+    feature, place = np.nonzero((token >= 0) & (count >= np.minimum(_MIN_FIRINGS, fired)[:, None]))
     key, hits = token[feature, place].astype(np.int64), count[feature, place].astype(np.float64)
     total = _array(index, "vocabulary_count")[key]
     proposals = [_proposal("on", "fires on", "current", feature, key, hits, total, fired)]
@@ -128,7 +134,7 @@ def propose(index: FeatureIndex) -> list[Proposal]:
     for kind, words, where in surroundings:
         keys = position_keys(ids, where, d_vocab)
         feature, key, times = _count_pairs(owner, keys[position])
-        enough = (times >= _MIN_SAMPLED) & (key >= 0)
+        enough = (times >= np.minimum(_MIN_FIRINGS, fired[feature])) & (key >= 0)
         feature, key, times = feature[enough], key[enough], times[enough]
         total = _count_keys(key, keys)
         hits = np.minimum(times / sampled[feature] * fired[feature], total)

@@ -72,8 +72,8 @@ class Firings:
 
         Returns:
             uint8 ``[c, WINDOW]``: activations from ``position - WINDOW_BEFORE`` on, in units of
-            scale / QUANTA, at least 1 where the feature fires; float32 ``[c]``: the scale, each window's largest
-            activation.
+            scale / QUANTA, at least 1 where the feature fires; float32 ``[c]``: the scale, each window's
+            largest activation.
         """
         position = self.position[chosen]
         block = position - position % self.context_length

@@ -34,8 +34,8 @@ class Example:
         position: where in the text of the index: block · context_length + place in the block.
         tokens: exact text of the tokens around it; a character that is spread over several tokens stands at
             the first of them, the others are "".
-        activations: float32 ``[len(tokens)]``, the feature's activations there: exact at the peak, elsewhere to
-            0.4% of the largest around it; 0 at positions that do not count.
+        activations: float32 ``[len(tokens)]``, the feature's activations there: exact at the peak, elsewhere
+            to 0.4% of the largest around it; 0 at positions that do not count.
         peak: which of the tokens this example is about.
         value: the activation there.
     """
@@ -72,7 +72,7 @@ class FeatureIndex:
 
     Attributes:
         folder: where it lies.
-        manifest: facts, and what it was made from (``inputs``: sae_hash, model_hash, blocks_hash, hook_name …).
+        manifest: facts, and ``inputs``: what it was made from (sae_hash, model_hash, blocks_hash …).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -174,7 +174,7 @@ class FeatureIndex:
         return self._row("histogram", feature).astype(np.int64)
 
     def quantile(self, feature: int, q: float) -> float:
-        """The activation below which a fraction ``q`` of the firings lies, to within a bin of the histogram."""
+        """The activation below which a fraction ``q`` of firings lies, to within a bin of the histogram."""
         return histogram_quantile(
             self.histogram(feature), self.histogram_edges, float(self.max[self._checked(feature)]), q
         )
@@ -186,8 +186,8 @@ class FeatureIndex:
     def range_examples(self, feature: int, width: int = WINDOW) -> list[tuple[str, list[Example]]]:
         """A random choice of firings from each fifth of them by activation, the strongest ("80–100%") first.
 
-        Each band holds a fifth of all firings (see :func:`features.examples.quantile_bands`); bands without an
-        example, of features that fired a few times only, are left out.
+        Each band holds a fifth of all firings (see :func:`features.examples.quantile_bands`); bands without
+        an example, of features that fired a few times only, are left out.
         """
         feature = self._checked(feature)
         bands = []

@@ -22,6 +22,7 @@ class LogitLens(NamedTuple):
     suppressed_logit: Tensor
 
 
+@torch.no_grad()
 def logit_lens(W_dec: Tensor, gain: Tensor, W_U: Tensor, n: int) -> LogitLens:
     """``(W_dec[f] ⊙ gain) · W_U`` (nostalgebraist 2020), minus its mean over the vocabulary, which changes no
     probability.
@@ -48,6 +49,7 @@ class Neighbours(NamedTuple):
     cosine: Tensor
 
 
+@torch.no_grad()
 def decoder_neighbours(W_dec: Tensor, n: int) -> Neighbours:
     """Nearest neighbours of each feature by the cosine of decoder rows, itself left out.
 

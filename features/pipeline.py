@@ -23,8 +23,9 @@ from activations.progress import Progress, silent
 from activations.statistics import measure_statistics
 from activations.store import ActivationStore, write_store
 from activations.stream import ActivationStream
-from features.explain import label_features
-from features.index import FeatureIndex, build_index
+from features.build import build_index
+from features.explain import label_features, label_inputs
+from features.index import FeatureIndex
 from features.labels import Labels
 from sae.config import TrainConfig
 from sae.controls import reference_activations
@@ -250,7 +251,8 @@ class Pipeline:
         """Give every feature a first label, scored on the score split; people's labels stay."""
         blocks = self.tokens("score", self.sizes.score_tokens)
         labels = Labels.open(self.run.labels)
-        label_features(index, self.model, sae, blocks, labels, progress=self.progress)
+        if labels.inputs != label_inputs(sae, index, blocks):
+            label_features(index, self.model, sae, blocks, labels, progress=self.progress)
         return labels
 
     def drop_activations(self) -> None:

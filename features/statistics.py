@@ -46,7 +46,7 @@ def histogram_quantile(counts: np.ndarray, edges: np.ndarray, maximum: float, q:
     index = filled[np.searchsorted(below[filled], wanted, side="right") - 1]
     low = float(edges[index])
     high = maximum if index == filled[-1] else float(edges[index + 1])
-    fraction = min((wanted - below[index]) / counts[index], 1.0)
+    fraction = min(float((wanted - below[index]) / counts[index]), 1.0)
     return min(low * (high / low) ** fraction, maximum)
 
 

@@ -11,18 +11,18 @@ class _Run(NamedTuple):
     """Sums for (feature, token) pairs, by ascending key = feature · d_vocab + token, each once."""
 
     key: np.ndarray
-    count: np.ndarray
+    firings: np.ndarray
     total: np.ndarray
 
 
 class TopTokens(NamedTuple):
     """The tokens of each feature with the largest total activation; arrays ``[d_sae, n]``.
 
-    token: int32, -1 where there are fewer. count: int64, firings at that token. mean: float32, over those.
+    token: int32, -1 where there are fewer. firings: int64, at that token. mean: float32, over those.
     """
 
     token: np.ndarray
-    count: np.ndarray
+    firings: np.ndarray
     mean: np.ndarray
 
 
@@ -60,15 +60,15 @@ class TokenCounts:
         best = TopTokens(np.full(shape, -1, np.int32), np.zeros(shape, np.int64), np.zeros(shape, np.float32))
         if not self._runs:
             return best
-        key, count, total = self._runs[0]
+        key, firings, total = self._runs[0]
         feature, token = key // self.d_vocab, key % self.d_vocab
         order = np.lexsort((-total, feature))
         place = place_in_group(feature)  # keys ascend, so features are grouped before and after
         order, place = order[place < n], place[place < n]
         at = feature[order], place
         best.token[at] = token[order]
-        best.count[at] = count[order]
-        best.mean[at] = total[order] / count[order]
+        best.firings[at] = firings[order]
+        best.mean[at] = total[order] / firings[order]
         return best
 
     def _merge_last_two(self) -> None:
@@ -82,4 +82,4 @@ class TokenCounts:
 def _summed(run: _Run) -> _Run:
     """Add up entries with the same key; ``run.key`` is ascending."""
     starts = group_starts(run.key)
-    return _Run(run.key[starts], np.add.reduceat(run.count, starts), np.add.reduceat(run.total, starts))
+    return _Run(run.key[starts], np.add.reduceat(run.firings, starts), np.add.reduceat(run.total, starts))

@@ -17,15 +17,16 @@ from torch.nn.functional import embedding_bag
 
 from sae.codes import Pattern, SparseCodes
 
-_TILE_BYTES = 4 << 20  # of pre-activations: two tiles and the weights stay in the last-level cache
-_GROUP = 16
+_TILE_ROWS = 512  # enough for the product to run at its full rate: every tile packs the weights once more
+_TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
+_RUNS = 4
 
 _workspace = threading.local()
 
 
 def tile_rows(d_sae: int, itemsize: int = 4) -> int:
     """How many rows of pre-activations are computed at a time."""
-    return max(16, _TILE_BYTES // (d_sae * itemsize))
+    return max(16, min(_TILE_ROWS, _TILE_BYTES // (d_sae * itemsize)))
 
 
 def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -41,35 +42,32 @@ def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, exactly, in two stages.
+    """The k largest entries of each row, exactly, by a tournament.
 
-    View the row as 16 strided runs of ``d_sae / 16`` and take the maximum across the runs (vectorised): the k
-    largest entries lie within the k groups with the largest maxima, so only ``16 k`` candidates remain.
+    View a row as 4 runs of a quarter of its length and take the maximum across the runs (which vectorises). The k
+    largest entries lie in the k columns with the largest maxima, so 4k candidates remain; the k largest maxima
+    are found in the same way, until the row is too short for it to pay.
 
     Args:
-        tile: ``[rows, d_sae]``.
+        tile: ``[rows, width]``.
 
     Returns:
         values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order.
     """
-    rows, d_sae = tile.shape
-    n_groups = d_sae // _GROUP
-    if tile.is_cuda or d_sae % _GROUP or n_groups < 2 * k:
+    rows, width = tile.shape
+    if tile.is_cuda or width % _RUNS or width < 4 * _RUNS * k:
         return tile.topk(k, dim=1, sorted=False)
-    runs = tile.view(rows, _GROUP, n_groups)
-    maxima = torch.amax(runs, dim=1, out=_buffer("maxima", (rows, n_groups), tile))
-    groups = maxima.topk(k, dim=1, sorted=False).indices
-    columns = (groups[:, None, :] + _strides(n_groups, tile.device)).view(rows, _GROUP * k)
-    candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _GROUP * k), tile))
+    quarter = width // _RUNS
+    maxima = _buffer(f"maxima {quarter}", (rows, quarter), tile)
+    torch.amax(tile.view(rows, _RUNS, quarter), dim=1, out=maxima)
+    winners = topk_of_tile(maxima, k)[1]
+    starts = torch.arange(0, width, quarter, device=tile.device)
+    columns = (winners[:, None, :] + starts[:, None]).view(rows, _RUNS * k)
+    candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _RUNS * k), tile))
     values, positions = candidates.topk(k, dim=1, sorted=False)
     return values, columns.gather(1, positions)
 
 
-def _strides(n_groups: int, device: torch.device) -> Tensor:
-    return torch.arange(0, _GROUP * n_groups, n_groups, device=device)[:, None]
-
-
-@torch.no_grad()
 def encode_topk(
     centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ with the new page's query. Links here are plain HTML (they open in a new tab, an
 component catches clicks on them, pushes the address, and lets Streamlit follow it as it follows Back and Forward.
 """
 
+from collections.abc import Mapping
 from html import escape
 from urllib.parse import urlencode
 
@@ -18,13 +19,25 @@ function follow(address) {
   window.dispatchEvent(new PopStateEvent("popstate"));
 }
 
+// A choice on the page itself: changes parameters of the address, and is no step of the history.
+function pick(choices) {
+  const target = new URL(window.location.href);
+  for (const [name, value] of new URLSearchParams(choices)) {
+    if (value === "") target.searchParams.delete(name);
+    else target.searchParams.set(name, value);
+  }
+  window.history.replaceState({}, "", target.href);
+  window.dispatchEvent(new PopStateEvent("popstate"));
+}
+
 function onClick(event) {
   const link = event.target.closest && event.target.closest("a.go");
   const wantsNewTab = event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey;
   if (!link || wantsNewTab) return;
   event.preventDefault();
   event.stopPropagation();
-  follow(link.href);
+  if (link.dataset.pick !== undefined) pick(link.dataset.pick);
+  else follow(link.href);
 }
 
 export default function (component) {
@@ -58,6 +71,20 @@ def link(to: str, text: str, *, title: str = "", classes: str = "") -> str:
     """An HTML link that stays in this session; ``text`` is escaped here."""
     return (
         f'<a class="go {escape(classes)}" href="{escape(to)}" target="_self" title="{escape(title)}">{escape(text)}</a>'
+    )
+
+
+def pick(choices: Mapping[str, object], html: str, *, title: str = "", classes: str = "") -> str:
+    """An HTML link that changes parameters of this page's address and keeps the others.
+
+    Args:
+        choices: parameter → value; None takes the parameter away.
+        html: what the link shows, which its maker has escaped.
+    """
+    query = urlencode({name: "" if value is None else str(value) for name, value in choices.items()})
+    return (
+        f'<a class="go {escape(classes)}" href="?{escape(query)}" data-pick="{escape(query)}" target="_self"'
+        f' title="{escape(title)}">{html}</a>'
     )
 
 

@@ -37,6 +37,13 @@ STYLE_SHEET = """
   white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
 .stHtml .t { background: rgb(var(--heat) / calc(var(--a) * .82)); border-radius: 3px; padding: .08em 0;
   unicode-bidi: isolate; cursor: default; }
+.stHtml a.go.t { color: inherit; background: rgb(var(--heat) / calc(var(--a, 0) * .82)); cursor: pointer; }
+.stHtml a.go.t:hover { text-decoration: none; box-shadow: 0 0 0 1.5px rgb(var(--heat) / .8); }
+.stHtml .chosen { font-weight: 650; }
+.stHtml .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem; }
+.stHtml a.go.button { display: inline-block; border: 1px solid color-mix(in srgb, currentColor 35%, transparent);
+  border-radius: 10px; padding: .38rem .8rem; font-weight: 500; }
+.stHtml a.go.button:hover { text-decoration: none; background: color-mix(in srgb, currentColor 8%, transparent); }
 .stHtml .t.n { background: rgb(var(--cold) / calc(var(--a) * .82)); }
 .stHtml .t.p { box-shadow: 0 0 0 1.5px color-mix(in srgb, currentColor 70%, transparent); }
 .stHtml .example { display: grid; grid-template-columns: 3.4rem minmax(0, 1fr); gap: .1rem .7rem; padding: .42rem 0;

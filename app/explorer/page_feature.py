@@ -183,7 +183,7 @@ def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bo
     """Examples as one block: activation, coloured tokens, document."""
     return "".join(
         f'<div class="example"><div class="strength">{escape(number(example.value))}</div><div>'
-        + tokens_html(example.tokens, example.activations.tolist(), maximum, peak=example.peak, one_line=one_line)
+        + tokens_html(example.tokens, example.activations.tolist(), maximum, framed=example.peak, one_line=one_line)
         + f'<span class="where">{escape(example.document)}</span></div></div>'
         for example in examples
     )

@@ -22,24 +22,32 @@ def printable(text: str) -> str:
     return "".join(_sign(character) for character in text)
 
 
-def token_html(token: str, activation: float, maximum: float, *, one_line: bool, peak: bool = False) -> str:
+def token_html(
+    token: str, activation: float, maximum: float, *, one_line: bool = False, framed: bool = False, pick: str = ""
+) -> str:
     """One token, coloured by ``activation / maximum`` where it is not 0.
 
     Args:
         activation: what the feature does at this token. maximum: what full colour stands for.
         one_line: line ends become signs instead of new lines.
-        peak: whether to frame the token.
+        framed: whether to draw a frame around the token.
+        pick: what a click on it sets in the address, such as ``"token=5"``; nothing if empty.
     """
     text = printable(token)
     if one_line:
         text = text.replace("\n", "↵").replace("\t", "⇥")
-    if activation == 0:
+    if activation == 0 and not framed and not pick:
         return escape(text)
-    # A line end that fires would otherwise be invisible, and so would a token whose character stands at another.
-    shown = escape(text.replace("\n", "↵\n") if text else "‥")
-    classes = f"t{' n' if activation < 0 else ''}{' p' if peak else ''}"
+    if not one_line and (activation or framed):
+        text = text.replace("\n", "↵\n")  # a line end would otherwise show no colour
+    shown = escape(text or "‥")  # a token whose character stands at another has no text
+    classes = "t" + " n" * (activation < 0) + " p" * framed
+    colour = f' style="--a:{_opacity(activation, maximum):.3f}"' if activation else ""
     title = escape(f"{visible(token) or 'part of a character'}   {activation:.3g}{_of_maximum(activation, maximum)}")
-    return f'<span class="{classes}" style="--a:{_opacity(activation, maximum):.3f}" title="{title}">{shown}</span>'
+    if not pick:
+        return f'<span class="{classes}"{colour} title="{title}">{shown}</span>'
+    link = f'href="?{escape(pick)}" data-pick="{escape(pick)}" target="_self" tabindex="-1"'
+    return f'<a class="go {classes}" {link}{colour} title="{title}">{shown}</a>'
 
 
 def tokens_html(
@@ -47,22 +55,31 @@ def tokens_html(
     activations: Sequence[float],
     maximum: float,
     *,
-    peak: int | None = None,
+    framed: int | None = None,
     one_line: bool = False,
+    pick: str = "",
 ) -> str:
     """A run of tokens as one ``<div>``.
 
     Args:
         tokens: exact text of each token. activations: one value per token.
         maximum: the activation that full colour stands for, most often the feature's maximum in the index.
-        peak: index of a token to frame.
+        framed: index of a token to draw a frame around.
         one_line: show line ends as signs, for compact lists.
+        pick: a parameter of the address that a click on a token sets to its index; none if empty.
 
     Raises:
         ValueError: tokens and activations differ in number.
     """
     body = "".join(
-        token_html(token, float(activation), maximum, one_line=one_line, peak=place == peak)
+        token_html(
+            token,
+            float(activation),
+            maximum,
+            one_line=one_line,
+            framed=place == framed,
+            pick=f"{pick}={place}" if pick else "",
+        )
         for place, (token, activation) in enumerate(zip(tokens, activations, strict=True))
     )
     return f'<div class="tokens{" line" if one_line else ""}" dir="ltr">{body}</div>'

@@ -1,0 +1,249 @@
+"""Steer: features and strengths on the left, what the model writes without and with them on the right."""
+
+from dataclasses import dataclass
+from html import escape
+from itertools import zip_longest
+
+import streamlit as st
+
+from activations.errors import InputError
+from app.explorer.explorer_links import address, feature_address, go, link, pick
+from app.explorer.explorer_state import complain, name_of, parameter, the_run
+from app.explorer.explorer_style import number, part, percent, table_html
+from app.explorer.tokens_html import printable, tokens_html
+from features.demonstration import choose_demonstration, own_tokens, promoted_share
+from features.run import Run
+from features.steering import METHODS, Method, output_scores
+
+WEAKEST, STRONGEST, USUAL = -4.0, 8.0, 2.0  # strengths on the sliders, in units of the feature's maximum
+MATCHES_SHOWN = 8
+EXPLANATIONS = {
+    "clamp": "sets each feature's activation to strength × its maximum, whatever it was",
+    "add": "adds strength × maximum × the feature's direction to what is there",
+    "ablate": "sets each feature's activation to 0; what it stands for may live on in other features",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what is written."""
+
+    strengths: dict[int, float]
+    method: Method
+    prompt: str
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """Two continuations, and the settings they were written with."""
+
+    settings: Settings
+    default: str
+    steered: str
+
+
+def show() -> None:
+    """The page."""
+    run = the_run()
+    left, right = st.columns([1, 1.55], gap="large")
+    with left:
+        st.html(
+            '<h1 class="page">Steer</h1><p class="hint">Turn features up or down while the model writes. Both texts start'
+            " from the same seed, so what differs is the features' doing.</p>"
+        )
+        try:
+            settings = _settings(run)
+        except InputError as error:
+            complain(error)
+            return
+        wanted = st.button("Write", type="primary", icon=":material/edit_note:", disabled=not settings.strengths)
+    with right:
+        if wanted:
+            try:
+                _write(run, settings)
+            except InputError as error:
+                complain(error)
+                return
+        _result(run, settings)
+
+
+def _settings(run: Run) -> Settings:
+    features = _chosen_features(run)
+    method = st.segmented_control(
+        "Method", METHODS, default="clamp", required=True, key="method", bind="query-params"
+    )
+    st.html(f'<p class="hint">{escape(EXPLANATIONS[method])}.</p>')
+    strengths = _strengths(run, features, method)
+    _adding(run, features)
+    prompt = st.text_area("Prompt", "def ", key="prompt", bind="query-params", height=80)
+    first, second, third = st.columns(3, gap="small", wrap=False)
+    temperature = first.number_input(
+        "Temperature", 0.0, 5.0, 0.7, 0.1, key="temperature", bind="query-params", help="0 takes the likeliest token"
+    )
+    max_new_tokens = second.number_input("Tokens", 1, run.model.context_length, 64, 16, key="tokens", bind="query-params")
+    seed = third.number_input("Seed", 0, 2**31, 0, 1, key="seed", bind="query-params")
+    return Settings(strengths, method, prompt or "", float(temperature), int(max_new_tokens), int(seed))
+
+
+def _chosen_features(run: Run) -> list[int]:
+    """The features of the address; without any, those that this session steered last.
+
+    Raises:
+        InputError: one of them does not exist.
+    """
+    listed = parameter("features")
+    if listed is None:
+        return list(st.session_state.get("steered features", []))
+    features = []
+    for part_ in filter(None, listed.split(",")):
+        if not part_.strip().isdigit():
+            raise InputError(f"The address says features={listed}, and features must be whole numbers with commas.")
+        feature = run.feature(int(part_)).index
+        if feature not in features:
+            features.append(feature)
+    st.session_state["steered features"] = features
+    return features
+
+
+def _strengths(run: Run, features: list[int], method: Method) -> dict[int, float]:
+    """A slider for each feature, with a link to leave it out."""
+    strengths = {}
+    for feature in features:
+        others = ",".join(str(other) for other in features if other != feature)
+        remove = pick({"features": others or ",", f"s{feature}": None}, "remove", classes="faint small")
+        score = _output_score(run.folder.path.as_posix(), run, feature)
+        st.html(
+            f'<p>{link(feature_address(feature), str(feature))} <b>{escape(name_of(run, feature))}</b> {remove}</p>'
+            + (
+                f'<p class="hint" title="how far adding the feature raises the tokens that it promotes, in one pass over'
+                f' neutral prompts; near 0: it writes nothing of its own">output score {score:.3f}</p>'
+                if score is not None
+                else '<p class="hint">never fired in the index: it has no maximum to measure strength by</p>'
+            )
+        )
+        strength = st.slider(
+            f"Strength of feature {feature}",
+            WEAKEST,
+            STRONGEST,
+            USUAL,
+            0.25,
+            key=f"s{feature}",
+            bind="query-params",
+            label_visibility="collapsed",
+            format="%.2f × maximum",
+            disabled=method == "ablate",
+        )
+        strengths[feature] = 0.0 if method == "ablate" else float(strength)
+    return strengths
+
+
+@st.cache_data(show_spinner=False, max_entries=1000)
+def _output_score(run_path: str, _run: Run, feature: int) -> float | None:
+    if not _run.index.count[feature]:
+        return None
+    return float(output_scores(_run.model, _run.sae, _run.index, [feature])[0])
+
+
+def _adding(run: Run, features: list[int]) -> None:
+    """Look for a feature to add; or have one suggested."""
+    wanted = st.text_input(
+        "Add a feature" if features else "Choose a feature",
+        key="wanted feature",
+        placeholder="a number, or words of a label",
+        icon=":material/add:",
+    )
+    if wanted and wanted.strip():
+        st.html(_matches(run, features, wanted.strip()))
+    elif not features and st.button("Suggest one that steers well", icon=":material/lightbulb:"):
+        with st.spinner("Trying features …"):
+            found = choose_demonstration(run.model, run.sae, run.index)
+        query = {"features": found.feature, f"s{found.feature}": found.strength, "prompt": found.prompt, "seed": found.seed}
+        go(address("steer", **query))
+
+
+def _matches(run: Run, features: list[int], wanted: str) -> str:
+    found = [label.feature for label in run.labels.search(wanted)]
+    if wanted.isdigit() and int(wanted) < run.index.d_sae:
+        found.insert(0, int(wanted))
+    found = [feature for feature in dict.fromkeys(found) if feature not in features]
+    if not found:
+        return '<p class="hint">No label says so. Try another word, or a feature\'s number.</p>'
+    lines = [
+        pick(
+            {"features": ",".join(map(str, [*features, feature]))},
+            f'<span class="ellipsis">+ {feature} {escape(name_of(run, feature))}</span>',
+        )
+        for feature in found[:MATCHES_SHOWN]
+    ]
+    more = f'<p class="hint">and {len(found) - MATCHES_SHOWN:,} more</p>' if len(found) > MATCHES_SHOWN else ""
+    return "".join(lines) + more
+
+
+def _write(run: Run, settings: Settings) -> None:
+    """Write both texts, a token of each in turn, and show them as they come."""
+    sampling = {
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+    }
+    default_stream = run.model.generate_stream(settings.prompt, **sampling)
+    with run.steered(settings.strengths, method=settings.method):
+        steered_stream = run.model.generate_stream(settings.prompt, **sampling)
+    places = _two_panels()
+    texts = ["", ""]
+    for new in zip_longest(default_stream, steered_stream, fillvalue=[""]):
+        for side, (part_,) in enumerate(new):
+            texts[side] += part_
+            places[side].html(_plain_panel(settings.prompt, texts[side]))
+    st.session_state["written"] = Written(settings, *texts)
+    st.rerun()
+
+
+def _two_panels() -> list[st.delta_generator.DeltaGenerator]:
+    columns = st.columns(2, gap="small")
+    for column, title in zip(columns, ("Default", "Steered"), strict=True):
+        column.html(part(title))
+    return [column.empty() for column in columns]
+
+
+def _plain_panel(prompt: str, text: str) -> str:
+    return (
+        f'<div class="panel"><div class="tokens"><span class="faint">{escape(printable(prompt))}</span>'
+        f"{escape(printable(text))}</div></div>"
+    )
+
+
+def _result(run: Run, settings: Settings) -> None:
+    written: Written | None = st.session_state.get("written")
+    if written is None:
+        st.html('<div class="panel"><p class="hint">Choose a feature and press Write: both texts appear here.</p></div>')
+        return
+    then = written.settings
+    features = list(then.strengths)
+    coloured = features[0]
+    if len(features) > 1:
+        coloured = st.pills("Colour by feature", features, default=coloured, required=True, key=f"colour {features}")
+    for place, name, text in zip(_two_panels(), ("default", "steered"), (written.default, written.steered), strict=True):
+        trace = run.trace(then.prompt + text)
+        shades = trace.activations(coloured).tolist()
+        place.html(
+            f'<div class="panel" data-testid="{name} text">'
+            f"{tokens_html(trace.tokens, shades, float(run.index.max[coloured]))}</div>"
+        )
+    rows = []
+    for feature in features:
+        own = own_tokens(run.index, feature)
+        before, after = (promoted_share(run.model, text, own) for text in (written.default, written.steered))
+        rows.append(
+            [f"{feature} {escape(name_of(run, feature))}", f"{number(then.strengths[feature])}", percent(before), percent(after)]
+        )
+    stale = "" if then == settings else " The settings have changed since: Write makes new texts."
+    st.html(
+        part("Share of the features' own tokens")
+        + table_html(["feature", "strength", "default", "steered"], rows)
+        + '<p class="hint">Its own tokens: those that it promotes by the logit lens and those that it fires on. Colour: where'
+        f" feature {coloured} fires when the model, no longer steered, reads the texts.{stale}</p>"
+    )

@@ -1,0 +1,582 @@
+"""The feature index against a dense computation that is slow and obvious, and what it refuses.
+
+Most tests use a "model" whose activations are small whole numbers, looked up by token and place: every product
+and sum is then exact, equal activations abound (so that ties are tested), and numbers can be compared for equality
+however the text is cut into chunks.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import END_OF_TEXT, TEXT, VOCABULARY, one_thread, tiny_language_model, tiny_tokenizer
+from torch import Tensor
+
+from activations.blocks import PADDING, TokenBlocks
+from activations.errors import InputError
+from activations.store import write_store
+from activations.tokenizer import Tokenizer
+from features import firings as firings_module
+from features import lens as lens_module
+from features.build import build_index
+from features.examples import EXAMPLE, UNUSED, blank_examples, quantile_bands, sampling_rank
+from features.index import Example, FeatureIndex
+from features.layout import N_BANDS, PER_BAND, TOP_EXAMPLES, WINDOW, WINDOW_BEFORE
+from features.lens import decoder_neighbours, logit_lens
+from features.statistics import HISTOGRAM_EDGES, N_BINS, histogram_bin
+from sae.architectures.base import Weights
+from sae.config import SAEConfig
+from sae.model import SparseAutoencoder
+
+D_IN = 8
+D_SAE = 48
+CONTEXT = 40
+HOOK = "blocks.0.hook_resid_post"
+OUTLIERS = (40, 41, 42)  # tokens whose activations are 100 times the usual
+MAX_NORM = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    with one_thread():
+        yield
+
+
+class LookupModel:
+    """Activations are whole numbers that depend on the token and a little on its place."""
+
+    name = "lookup"
+    hash = "lookup-model"
+    d_model = D_IN
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.tokenizer = Tokenizer(tiny_tokenizer())
+        generator = torch.Generator().manual_seed(1)
+        self.table = torch.randint(-4, 5, (VOCABULARY, D_IN), generator=generator).float()
+        self.table[list(OUTLIERS)] *= 100
+        self.shift = torch.randint(0, 2, (CONTEXT, D_IN), generator=generator).float()
+        self.gain = torch.rand(D_IN, generator=generator) + 0.5
+        self.W_U = torch.randn(D_IN, VOCABULARY, generator=generator)
+
+    def width(self, hook_name: str) -> int:
+        return D_IN
+
+    def capture(self, ids: Tensor, hook_names: list[str], attention_mask: Any = None) -> dict[str, Tensor]:
+        x = self.table[ids] + self.shift[: ids.shape[1]]
+        return dict.fromkeys(hook_names, x)
+
+    def logit_lens_weights(self) -> tuple[Tensor, Tensor]:
+        return self.gain, self.W_U
+
+
+def make_sae(architecture: str = "relu", hook_name: str = HOOK, **metadata: Any) -> SparseAutoencoder:
+    """Whole-number weights. Feature 0 never fires, feature 1 nearly everywhere."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(-2, 3, (D_SAE, D_IN), generator=generator).float()
+    bias = torch.randint(-24, -8, (D_SAE,), generator=generator).float()
+    bias[:2] = torch.tensor([-1e4, 100.0])
+    decoder = torch.randn(D_SAE, D_IN, generator=generator)
+    weights = Weights(rows, bias, decoder, torch.ones(D_IN))
+    config = SAEConfig(architecture=architecture, d_sae=D_SAE, k=5)  # type: ignore[arg-type]
+    return SparseAutoencoder(config, weights, {"hook_name": hook_name, "max_norm": MAX_NORM, **metadata})
+
+
+def make_blocks(n_blocks: int = 60, packing: str = "concatenated", seed: int = 3) -> TokenBlocks:
+    """Documents of 5 to 120 random tokens; the last block ends in padding."""
+    random = np.random.default_rng(seed)
+    ids, documents = [], []
+    while sum(map(len, ids)) < n_blocks * CONTEXT - 150:
+        n = int(random.integers(5, 121))
+        # Few tokens are common, as in text.
+        tokens = (VOCABULARY * random.random(n) ** 3).astype(np.int64).clip(1)
+        ids.append(np.array([END_OF_TEXT, *tokens]))
+        documents.append(np.full(n + 1, len(documents)))
+        if packing == "isolated":
+            rest = -(n + 1) % CONTEXT
+            ids.append(np.full(rest, END_OF_TEXT))
+            documents[-1] = np.concatenate([documents[-1], np.full(rest, PADDING)])
+    names = [f"paket/größe_{i}.py" for i in range(len(documents))]
+    flat_ids, flat_documents = np.concatenate(ids), np.concatenate(documents)
+    rest = -len(flat_ids) % CONTEXT
+    flat_ids = np.pad(flat_ids, (0, rest), constant_values=END_OF_TEXT)
+    flat_documents = np.pad(flat_documents, (0, rest), constant_values=PADDING)
+    return TokenBlocks(
+        flat_ids.astype(np.uint16).reshape(-1, CONTEXT),
+        flat_documents.astype(np.int32).reshape(-1, CONTEXT),
+        names,
+        "train",
+        packing,
+        False,
+    )
+
+
+def build(folder: Path, blocks: TokenBlocks, sae: SparseAutoencoder, **options: Any) -> FeatureIndex:
+    return build_index(LookupModel(), sae, blocks, folder, **options)  # type: ignore[arg-type]
+
+
+class Dense:
+    """Every activation at every position, ``[positions, d_sae]`` float64, 0 where positions do not count."""
+
+    def __init__(self, sae: SparseAutoencoder, blocks: TokenBlocks) -> None:
+        model = LookupModel()
+        self.ids = blocks.ids.reshape(-1).astype(int)
+        self.documents = blocks.documents.reshape(-1)
+        x = model.capture(blocks.ids_tensor(0, blocks.n_blocks), [HOOK])[HOOK].view(-1, D_IN).double()
+        self.kept = (self.ids != END_OF_TEXT) & (x.norm(dim=1).numpy() <= MAX_NORM)
+        w = sae.weights
+        pre = torch.relu((x - w.b_dec.double()) @ w.encoder_rows.double().T + w.b_enc.double())
+        if sae.config.architecture == "topk":
+            pre = sae.encode(x.float()).to_dense().double()
+        self.a = pre.numpy() * self.kept[:, None]
+
+    def firings(self, feature: int) -> list[tuple[float, int]]:
+        """(activation, position), strongest first; of equals, the earlier first."""
+        positions = np.flatnonzero(self.a[:, feature])
+        return sorted(((float(self.a[p, feature]), int(p)) for p in positions), key=lambda f: (-f[0], f[1]))
+
+    def strongest_per_document(self, feature: int) -> list[tuple[float, int]]:
+        best: dict[int, tuple[float, int]] = {}
+        for value, position in self.firings(feature):
+            best.setdefault(int(self.documents[position]), (value, position))
+        return list(best.values())
+
+
+def placed(examples: list[Example]) -> list[tuple[float, int]]:
+    return [(example.value, example.position) for example in examples]
+
+
+@pytest.fixture(scope="module", params=["relu", "topk"])
+def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureIndex, Dense, TokenBlocks]:
+    sae, blocks = make_sae(request.param), make_blocks()
+    folder = tmp_path_factory.mktemp("index") / "index"
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(firings_module, "ENCODE_POSITIONS", 200)
+        patch.setattr(firings_module, "CHUNK_FIRINGS", 1500)
+        index = build(folder, blocks, sae)
+    return index, Dense(sae, blocks), blocks
+
+
+def test_the_tiny_case_is_not_trivial(case: Any) -> None:
+    index, dense, blocks = case
+    assert index.count[0] == 0
+    assert index.count[1] > 1000
+    assert (index.count > 64).sum() > 10  # more firings than are sampled
+    assert ((index.count > 0) & (index.count < 64)).sum() > 5
+    assert len(blocks.names) > TOP_EXAMPLES
+    assert 0 < (~dense.kept).sum() < len(dense.kept) / 4
+
+
+def test_statistics_equal_the_dense_computation(case: Any) -> None:
+    index, dense, _ = case
+    assert index.n_tokens == dense.kept.sum()
+    for feature in range(D_SAE):
+        a = dense.a[:, feature]
+        a = a[a != 0]
+        assert index.count[feature] == len(a)
+        assert index.density[feature] == len(a) / dense.kept.sum()
+        if len(a):
+            assert index.mean[feature] == np.float32(a.mean())
+            assert index.std[feature] == pytest.approx(a.std(), rel=1e-6, abs=1e-6)
+            assert index.max[feature] == a.max()
+        else:
+            assert index.mean[feature] == index.std[feature] == index.max[feature] == 0
+        assert index.histogram(feature).tolist() == np.histogram(a, HISTOGRAM_EDGES)[0].tolist()
+
+
+def test_quantiles_are_right_to_within_a_bin(case: Any) -> None:
+    index, dense, _ = case
+    for feature in np.flatnonzero(index.count):
+        a = np.sort(dense.a[:, feature][dense.a[:, feature] != 0])
+        assert index.quantile(feature, 1.0) == a[-1]
+        for q in (0.0, 0.3, 0.5, 0.9):
+            exact = a[min(int(q * len(a)), len(a) - 1)]
+            assert (
+                abs(
+                    histogram_bin(np.float32([index.quantile(feature, q)]))
+                    - histogram_bin(np.float32([exact]))
+                )
+                <= 1
+            )
+    assert index.quantile(0, 0.5) == 0.0
+
+
+def test_top_examples_are_the_strongest_one_per_document(case: Any) -> None:
+    index, dense, blocks = case
+    for feature in range(D_SAE):
+        examples = index.top_examples(feature)
+        assert placed(examples) == dense.strongest_per_document(feature)[:TOP_EXAMPLES]
+        names = [example.document for example in examples]
+        assert len(set(names)) == len(names)
+        assert names == [blocks.names[dense.documents[example.position]] for example in examples]
+
+
+def test_examples_show_their_surroundings(case: Any) -> None:
+    index, dense, blocks = case
+    tokenizer = LookupModel().tokenizer
+    for feature in range(D_SAE):
+        for example in index.top_examples(feature) + sum((e for _, e in index.range_examples(feature)), []):
+            row, place = divmod(example.position, CONTEXT)
+            start = max(place - WINDOW_BEFORE, 0)
+            stop = min(place - WINDOW_BEFORE + WINDOW, CONTEXT, int((blocks.documents[row] != PADDING).sum()))
+            assert example.peak == place - start
+            assert example.tokens == tokenizer.pieces(blocks.ids[row].tolist())[start:stop]
+            exact = dense.a[row * CONTEXT + start : row * CONTEXT + stop, feature]
+            assert example.activations[example.peak] == exact[example.peak] == example.value
+            # One byte per activation: half a step of 1/255 of the largest; what fires is never shown as 0.
+            np.testing.assert_allclose(example.activations, exact, atol=1.001 * exact.max() / 255)
+            assert ((example.activations > 0) == (exact > 0)).all()
+
+
+def test_narrower_windows_are_cut_out_of_the_widest(case: Any) -> None:
+    index, _, _ = case
+    wide, narrow = index.top_examples(1), index.top_examples(1, width=10)
+    assert max(len(example.tokens) for example in narrow) == 10
+    for a, b in zip(wide, narrow, strict=True):
+        start = a.peak - b.peak
+        assert a.tokens[start : start + len(b.tokens)] == b.tokens
+        assert a.activations[start : start + len(b.tokens)].tolist() == b.activations.tolist()
+    assert index.top_examples(1, width=1)[0].peak == 0
+    with pytest.raises(InputError) as error:
+        index.top_examples(1, width=65)
+    assert str(error.value) == "An example 65 tokens wide cannot be shown: the width must be 1 to 64."
+
+
+def test_bands_hold_what_they_claim(case: Any) -> None:
+    index, dense, _ = case
+    for feature in range(D_SAE):
+        weakest_first = dense.firings(feature)
+        weakest_first.sort(key=lambda f: (f[0], f[1]))
+        n = len(weakest_first)
+        rank = {position: i for i, (_, position) in enumerate(weakest_first)}
+        bands = dict(index.range_examples(feature))
+        assert list(bands) == [
+            name for name in ("80–100%", "60–80%", "40–60%", "20–40%", "0–20%") if name in bands
+        ]
+        for band, name in enumerate(("0–20%", "20–40%", "40–60%", "60–80%", "80–100%")):
+            examples = bands.get(name, [])
+            values = [example.value for example in examples]
+            assert values == sorted(values, reverse=True)
+            assert [dense.a[e.position, feature] for e in examples] == values
+            if n <= 64:  # all firings are in the sample: the bands are exact, and full
+                fractions = [(rank[e.position] + 0.5) / n for e in examples]
+                assert all(band / N_BANDS <= f < (band + 1) / N_BANDS for f in fractions)
+                population = sum(int((i + 0.5) / n * N_BANDS) == band for i in range(n))
+                assert len(examples) == min(PER_BAND, population)
+
+
+def test_top_tokens_are_exact(case: Any) -> None:
+    index, dense, _ = case
+    base = np.bincount(dense.ids[dense.kept], minlength=VOCABULARY) / dense.kept.sum()
+    vocabulary = LookupModel().tokenizer.vocabulary()
+    assert list(index.vocabulary) == vocabulary
+    for feature in range(D_SAE):
+        totals: dict[int, list[float]] = {}
+        for value, position in dense.firings(feature):
+            totals.setdefault(int(dense.ids[position]), []).append(value)
+        expected = sorted(totals.items(), key=lambda t: (-sum(t[1]), t[0]))[:20]
+        found = index.top_tokens(feature)
+        assert [t.token_id for t in found] == [token for token, _ in expected]
+        for statistic, (token, values) in zip(found, expected, strict=True):
+            share = len(values) / index.count[feature]
+            assert statistic.token == vocabulary[token]
+            assert statistic.count == len(values)
+            assert statistic.mean == np.float32(np.mean(values))
+            assert statistic.share == pytest.approx(share, rel=1e-12)
+            assert statistic.lift == pytest.approx(share / base[token], rel=1e-12)
+
+
+def test_excluded_positions_never_appear(case: Any) -> None:
+    index, dense, _ = case
+    left_out = {END_OF_TEXT, *OUTLIERS}
+    for feature in range(D_SAE):
+        assert left_out.isdisjoint(t.token_id for t in index.top_tokens(feature))
+        for example in index.top_examples(feature) + sum((e for _, e in index.range_examples(feature)), []):
+            assert dense.kept[example.position]
+            assert dense.ids[example.position] not in left_out
+
+
+def test_data_free_parts_in_the_index(case: Any) -> None:
+    index, _, _ = case
+    model, sae = LookupModel(), make_sae()
+    W_dec = sae.W_dec.double().numpy()
+    logits = (W_dec * model.gain.double().numpy()) @ model.W_U.double().numpy()
+    logits -= logits.mean(axis=1, keepdims=True)
+    unit = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
+    for feature in range(D_SAE):
+        order = np.argsort(logits[feature])
+        assert [i for _, i, _ in index.promoted(feature)] == order[::-1][:20].tolist()
+        assert [i for _, i, _ in index.suppressed(feature)] == order[:20].tolist()
+        for token, i, logit in index.promoted(feature) + index.suppressed(feature):
+            assert token == index.vocabulary[i]
+            assert logit == pytest.approx(logits[feature, i], abs=1e-5)
+        cosines = unit @ unit[feature]
+        cosines[feature] = -2
+        assert [i for i, _ in index.neighbours(feature)] == np.argsort(-cosines)[:20].tolist()
+        assert all(c == pytest.approx(cosines[i], abs=1e-6) for i, c in index.neighbours(feature))
+
+
+def test_lens_and_neighbours_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W_dec, W_U = torch.randn(50, 16, generator=generator), torch.randn(16, 70, generator=generator)
+    gain = torch.rand(16, generator=generator)
+    whole = (*logit_lens(W_dec, gain, W_U, 10), *decoder_neighbours(W_dec, 10))
+    monkeypatch.setattr(lens_module, "_TILE_BYTES", 4 * 70 * 7)  # seven features at a time
+    tiled = (*logit_lens(W_dec, gain, W_U, 10), *decoder_neighbours(W_dec, 10))
+    for a, b in zip(whole, tiled, strict=True):
+        torch.testing.assert_close(a, b)
+    assert decoder_neighbours(W_dec[:3], 10).feature.shape == (3, 2)
+
+
+def test_off_the_residual_stream_there_is_no_logit_lens(tmp_path: Path) -> None:
+    # As wide as d_model, and yet these are hidden units of the MLP, which the unembedding never reads.
+    index = build(tmp_path / "index", make_blocks(10), make_sae(hook_name="blocks.0.mlp.hook_post"))
+    assert index.promoted(1) == index.suppressed(1) == []
+    assert len(index.neighbours(1)) == 20
+
+
+def test_a_fair_sample_is_uniform_and_its_bands_are_near_the_truth() -> None:
+    # 400 features with 2,000 firings each, log-normal; the sample keeps 64 of each by hashed rank.
+    d_sae, n, capacity = 400, 2000, 64
+    random = np.random.default_rng(0)
+    values = random.lognormal(0, 0.7, (d_sae, n)).astype(np.float32)
+    feature = np.repeat(np.arange(d_sae), n)
+    ranks = sampling_rank(feature, np.tile(np.arange(n), d_sae)).reshape(d_sae, n)
+    chosen = np.argsort(ranks, axis=1)[:, :capacity]
+    quantile = (values.argsort(axis=1).argsort(axis=1) + 0.5) / n
+    sampled = np.take_along_axis(quantile, chosen, 1)
+    # The mean of 25,600 uniform numbers has a standard deviation of 0.29 / 160.
+    assert abs(sampled.mean() - 0.5) < 4 * 0.29 / 160
+
+    sample = blank_examples(d_sae, capacity)
+    sample["rank"], sample["position"] = np.take_along_axis(ranks, chosen, 1), chosen
+    sample["value"] = np.take_along_axis(values, chosen, 1)
+    histogram = np.stack([np.bincount(histogram_bin(row), minlength=N_BINS) for row in values])
+    bands = quantile_bands(sample, histogram, PER_BAND)
+    row, band, _ = np.nonzero(bands["rank"] != UNUSED)
+    used = bands[bands["rank"] != UNUSED]
+    assert len(used) > 0.98 * d_sae * N_BANDS * PER_BAND
+    truth = quantile[row, used["position"]]
+    outside = np.maximum(band / N_BANDS - truth, truth - (band + 1) / N_BANDS).clip(0)
+    assert outside.max() < 0.1  # a bin holds up to 14% of these firings
+    assert outside.mean() < 0.003
+
+
+def test_histogram_bins_follow_the_edges_exactly() -> None:
+    inner = HISTOGRAM_EDGES[1:-1]
+    assert histogram_bin(inner).tolist() == list(range(1, N_BINS))
+    assert histogram_bin(np.nextafter(inner, np.float32(0))).tolist() == list(range(N_BINS - 1))
+    assert histogram_bin(np.float32([1e-30, 1e-3, 1e5, 1e30])).tolist() == [0, 0, N_BINS - 1, N_BINS - 1]
+    assert EXAMPLE["window"].shape == (WINDOW,)
+
+
+def test_any_density_can_be_told(tmp_path: Path) -> None:
+    build(tmp_path / "index", make_blocks(10), make_sae())
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    manifest["n_tokens"] = 3_000_000_000
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    index = FeatureIndex.open(tmp_path / "index")
+    rarest = int(np.where(index.count > 0, index.count, 10**9).argmin())
+    assert 0 < index.density[rarest] == int(index.count[rarest]) / 3e9 < 1e-6
+
+
+def same_files(a: Path, b: Path, but: tuple[str, ...] = ()) -> None:
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    for name in names:
+        if name not in but:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_same_bits_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, sae = make_blocks(30), make_sae()
+    build(tmp_path / "whole", blocks, sae)
+    build(tmp_path / "again", blocks, sae)
+    monkeypatch.setattr(firings_module, "ENCODE_POSITIONS", 1)
+    monkeypatch.setattr(firings_module, "CHUNK_FIRINGS", 1)
+    build(tmp_path / "cut", blocks, sae)
+    same_files(tmp_path / "whole", tmp_path / "again")
+    same_files(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_from_a_store(tmp_path: Path) -> None:
+    # Whole numbers below 256 are exact in the store's bfloat16.
+    blocks, sae = make_blocks(20), make_sae()
+    longer = make_blocks(30)
+    assert (longer.ids[:15] == blocks.ids[:15]).all()  # same seed: the same text goes on
+    first = replace(blocks, ids=blocks.ids[:15], documents=blocks.documents[:15])
+    store = write_store(LookupModel(), longer, HOOK, tmp_path / "store")  # type: ignore[arg-type]
+    build(tmp_path / "live", first, sae)
+    build(tmp_path / "stored", first, sae, activations=store)
+    same_files(tmp_path / "live", tmp_path / "stored", but=("manifest.json",))
+
+    with pytest.raises(InputError) as error:
+        build(tmp_path / "x", make_blocks(20, seed=9), sae, activations=store)
+    assert str(error.value) == (
+        f"{tmp_path / 'store'} holds activations of other text than the index is to be made of."
+    )
+    with pytest.raises(InputError) as error:
+        build(tmp_path / "x", first, make_sae(hook_name="blocks.0.hook_mlp_out"), activations=store)
+    assert str(error.value) == (
+        f"{tmp_path / 'store'} holds activations of {HOOK}, and the SAE reads blocks.0.hook_mlp_out: give a store of"
+        " that hook."
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_text_of_the_index_comes_back(tmp_path: Path) -> None:
+    blocks = make_blocks(20, packing="isolated")
+    index = build(tmp_path / "index", blocks, make_sae())
+    assert index.blocks.hash == blocks.hash
+    assert index.manifest["split"] == "train"
+    dense = Dense(make_sae(), blocks)
+    assert (index.count == (dense.a != 0).sum(axis=0)).all()
+
+
+def test_characters_of_several_tokens_are_whole(tmp_path: Path) -> None:
+    # The tiny tokenizer has no token for most of these characters: they are 2 to 4 byte tokens each.
+    tokenizer = LookupModel().tokenizer
+    text = "日本語 привет 😀 naïve — " * 12
+    ids = np.array(tokenizer.encode(TEXT[2] + text), dtype=np.uint16)
+    ids = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+    blocks = TokenBlocks(ids, np.zeros(ids.shape, np.int32), ["ключ.txt"], "train", "concatenated", False)
+    index = build(tmp_path / "index", blocks, make_sae())
+    pieces = [tokenizer.pieces(row.tolist()) for row in ids]
+    examples = [
+        e for feature in range(D_SAE) for _, band in index.range_examples(feature, width=7) for e in band
+    ]
+    assert len(examples) > 100
+    cut_inside = 0
+    for example in examples:
+        row, place = divmod(example.position, CONTEXT)
+        start = place - example.peak
+        assert example.tokens == pieces[row][start : start + len(example.tokens)]
+        cut_inside += example.tokens[0] == ""
+    assert cut_inside > 5  # windows that begin in the middle of a character
+    assert index.top_examples(1)[0].document == "ключ.txt"
+    assert any(statistic.token.startswith("<0x") for statistic in index.top_tokens(1))
+
+
+def test_a_real_model(tmp_path: Path) -> None:
+    """Counts, maxima and logit lens of a random SAE on a random GPT-2."""
+    model = tiny_language_model("gpt2")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 32, generator=generator)
+    sae = SparseAutoencoder(
+        SAEConfig(d_sae=64, k=4),
+        Weights(rows, torch.zeros(64), rows / rows.norm(dim=1, keepdim=True), torch.zeros(32)),
+        {"hook_name": "blocks.1.hook_resid_post"},
+    )
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, (6, 32)).astype(np.uint16)
+    documents = np.repeat(np.arange(6, dtype=np.int32)[:, None], 32, axis=1)
+    blocks = TokenBlocks(ids, documents, [str(i) for i in range(6)], "train", "isolated", False)
+    index = build_index(model, sae, blocks, tmp_path / "index")
+    x = model.capture(blocks.ids_tensor(0, 6), [sae.hook_name])[sae.hook_name].reshape(-1, 32)
+    a = sae.encode(x).to_dense().numpy()
+    assert (index.count == (a != 0).sum(axis=0)).all()
+    np.testing.assert_allclose(index.max, a.max(axis=0), rtol=1e-5)
+    gain, W_U = (tensor.detach().double() for tensor in model.logit_lens_weights())
+    logits = (sae.W_dec[5].double() * gain) @ W_U
+    assert [i for _, i, _ in index.promoted(5)] == logits.argsort(descending=True)[:20].tolist()
+    assert index.promoted(5)[0][2] == pytest.approx(float(logits.max() - logits.mean()), rel=1e-4)
+
+
+def test_reading_needs_no_torch_and_no_model(tmp_path: Path) -> None:
+    index = build(tmp_path / "index", make_blocks(10), make_sae())
+    code = (
+        "import sys; from features.index import FeatureIndex; index = FeatureIndex.open(sys.argv[1]);"
+        "print([e.position for e in index.top_examples(1)]); index.top_tokens(1); index.range_examples(1);"
+        "index.promoted(1); index.neighbours(1); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "index")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert json.loads(done.stdout) == [example.position for example in index.top_examples(1)]
+
+
+def test_an_index_that_is_there_is_not_built_again(tmp_path: Path) -> None:
+    blocks, sae, folder = make_blocks(10), make_sae(), tmp_path / "index"
+    build(folder, blocks, sae)
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    build(folder, blocks, sae)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    n = build(folder, make_blocks(12), sae).n_tokens  # other text: replaced
+    assert FeatureIndex.open(folder).n_tokens == n
+    assert build(folder, make_blocks(12), sae, inputs={"seed": 5}).manifest["inputs"]["seed"] == 5
+
+
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        FeatureIndex.open(tmp_path / "nothing")
+    assert (
+        str(error.value)
+        == f"{tmp_path / 'nothing'} is not a finished feature index: it has no manifest.json."
+    )
+
+    blocks, sae, folder = make_blocks(10), make_sae(), tmp_path / "index"
+    blocks.save(tmp_path / "tokens")
+    with pytest.raises(InputError) as error:
+        FeatureIndex.open(tmp_path / "tokens")
+    assert str(error.value) == f"{tmp_path / 'tokens'} holds token blocks, not a feature index."
+    with pytest.raises(InputError) as error:
+        build(tmp_path / "tokens", blocks, sae)
+    assert str(error.value) == f"{tmp_path / 'tokens'} holds token blocks, not a feature index."
+    assert TokenBlocks.load(tmp_path / "tokens").hash == blocks.hash
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError) as error:
+        build(tmp_path / "mine", blocks, sae)
+    assert str(error.value) == (
+        f"{tmp_path / 'mine'} holds something other than a feature index: give an empty or new folder."
+    )
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+    build(folder, blocks, sae)
+    assert FeatureIndex.open(folder, sae_hash=sae.hash).sae_hash == sae.hash
+    with pytest.raises(InputError) as error:
+        FeatureIndex.open(folder, sae_hash="0" * 64)
+    assert str(error.value) == f"{folder} was made with another SAE: build the index of this one."
+    (folder / "mean.npy").write_bytes(b"not numpy")
+    with pytest.raises(InputError, match=r"mean\.npy cannot be read \(.*\): build the index again\.$"):
+        FeatureIndex.open(folder)
+
+
+def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
+    blocks, sae, folder = make_blocks(10), make_sae(), tmp_path / "index"
+    narrow = SparseAutoencoder(
+        sae.config,
+        Weights(torch.ones(D_SAE, 4), torch.zeros(D_SAE), torch.ones(D_SAE, 4), torch.zeros(4)),
+        sae.metadata,
+    )
+    with pytest.raises(InputError) as error:
+        build(folder, blocks, narrow)
+    assert str(error.value) == (
+        f"The SAE reads vectors of width 4, and {HOOK} of lookup has width 8: give the model that the SAE was trained"
+        " on."
+    )
+    silence = replace(blocks, ids=np.full_like(blocks.ids, END_OF_TEXT))
+    with pytest.raises(InputError) as error:
+        build(folder, silence, sae)
+    assert str(error.value) == (
+        "The text holds special tokens only, and no feature fires there: give other text."
+    )
+    assert not folder.exists()
+    index = build(folder, blocks, sae)
+    for feature in (-1, D_SAE):
+        with pytest.raises(InputError) as error:
+            index.top_tokens(feature)
+        assert str(error.value) == (
+            f"Feature {feature} does not exist: the features of this SAE are 0 to {D_SAE - 1}."
+        )
