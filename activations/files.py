@@ -5,6 +5,7 @@ hashes and settings of what it was derived from. A stage is finished exactly whe
 inputs (:func:`is_finished`).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,22 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write failed for lack of room: on the disk, in the quota, or for a file of that size."""
+    return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@contextmanager
+def room_needed(sentence: str) -> Iterator[None]:
+    """Turn a full disk inside the block into ``InputError(sentence)``."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise InputError(sentence) from None
         raise
 
 

@@ -10,7 +10,6 @@ A store is a folder::
 Every file is written atomically, so an interrupted run continues at the first shard that is missing.
 """
 
-import errno
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -33,7 +32,15 @@ from activations.capture import (
 )
 from activations.errors import InputError
 from activations.exclusion import SAMPLE_TOKENS, Exclusion, Moments, is_text
-from activations.files import MANIFEST, hash_json, is_finished, read_manifest, write_bytes, write_manifest
+from activations.files import (
+    MANIFEST,
+    hash_json,
+    is_finished,
+    read_manifest,
+    room_needed,
+    write_bytes,
+    write_manifest,
+)
 from activations.progress import Progress, Step, silent
 
 if TYPE_CHECKING:
@@ -157,17 +164,13 @@ def write_store(
     _check_replaceable(folder)
     needed = 2 * width * blocks.ids.size
     _check_space(folder, needed)
-    try:
+    with room_needed(_no_space(folder, needed)):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         writer = _Writer(model, blocks, hook_name, folder, width, batch_blocks, hash_json(inputs))
         with progress("capture", total=blocks.ids.size, unit="tokens") as step:
             facts = writer.write(step)
         write_manifest(folder, KIND, inputs, **facts)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise InputError(_no_space(folder, needed)) from None
-        raise
     return ActivationStore.open(folder)
 
 

@@ -112,11 +112,14 @@ class Pipeline:
         """Tokens per sequence."""
         return self.config.context_length or min(self.model.context_length, LONGEST_CONTEXT)
 
-    def check(self) -> None:
-        """Everything that can be wrong with the settings, before anything is written.
+    def start(self) -> None:
+        """Check the settings, read the corpus, and write ``run.toml`` and the token blocks.
+
+        Whatever can be wrong is found before the first byte is written.
 
         Raises:
-            InputError: an unknown model, hook, or layer, a corpus that cannot be read, sizes that cannot work.
+            InputError: an unknown model, hook, layer or file, a corpus that is empty or has too few documents to
+                measure anything on, settings that cannot work.
         """
         self.config.sae.check(self.model.width(self.config.hook_name))
         if self.context_length > self.model.context_length:
@@ -124,27 +127,37 @@ class Pipeline:
                 f"context_length is {self.context_length}, and {self.config.model} reads at most"
                 f" {self.model.context_length} tokens."
             )
-
-    def start(self) -> None:
-        """Check the settings and write ``run.toml``."""
-        self.check()
-        self.tokens("train", self.config.tokens)
+        needed: tuple[tuple[Split, int], ...] = (
+            ("test", self.sizes.test_tokens),
+            ("train", self.config.tokens),
+        )
+        made = {
+            split: self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
+            for split, n_tokens in needed
+            if not TokenBlocks.is_finished(self.run.tokens / split, self._token_inputs(n_tokens))
+        }
         write_run_config(self.run.path, self.config)
+        for split, n_tokens in needed:
+            if split in made:
+                made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
 
     def tokens(self, split: Split, n_tokens: int) -> TokenBlocks:
         """Token blocks of a split, from the run folder or made and kept there."""
+        inputs = self._token_inputs(n_tokens)
         folder = self.run.tokens / split
-        inputs = {
-            "corpus": self.corpus.hash,
-            "tokenizer": self.model.tokenizer.hash,
-            "tokens": n_tokens,
-            "context": self.context_length,
-        }
         if TokenBlocks.is_finished(folder, inputs):
             return TokenBlocks.load(folder)
         blocks = self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
         blocks.save(folder, inputs)
         return blocks
+
+    def _token_inputs(self, n_tokens: int) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus.hash,
+            "tokenizer": self.model.tokenizer.hash,
+            "tokens": n_tokens,
+            "context": self.context_length,
+        }
 
     @cached_property
     def train_blocks(self) -> TokenBlocks:

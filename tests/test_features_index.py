@@ -1,8 +1,8 @@
 """The feature index against a dense computation that is slow and obvious, and what it refuses.
 
-Most tests use a "model" whose activations are small whole numbers, looked up by token and place: every product
-and sum is then exact, equal activations abound (so that ties are tested), and numbers can be compared for equality
-however the text is cut into chunks.
+Most tests use a "model" whose activations are small whole numbers, looked up by token and place: every
+product and sum is then exact, equal activations abound (so that ties are tested), and numbers can be compared for
+equality however the text is cut into chunks.
 """
 
 import json
@@ -149,6 +149,10 @@ class Dense:
         return list(best.values())
 
 
+def all_examples(index: FeatureIndex, feature: int) -> list[Example]:
+    return index.top_examples(feature) + [e for _, band in index.range_examples(feature) for e in band]
+
+
 def placed(examples: list[Example]) -> list[tuple[float, int]]:
     return [(example.value, example.position) for example in examples]
 
@@ -222,7 +226,7 @@ def test_examples_show_their_surroundings(case: Any) -> None:
     index, dense, blocks = case
     tokenizer = LookupModel().tokenizer
     for feature in range(D_SAE):
-        for example in index.top_examples(feature) + sum((e for _, e in index.range_examples(feature)), []):
+        for example in all_examples(index, feature):
             row, place = divmod(example.position, CONTEXT)
             start = max(place - WINDOW_BEFORE, 0)
             stop = min(place - WINDOW_BEFORE + WINDOW, CONTEXT, int((blocks.documents[row] != PADDING).sum()))
@@ -298,7 +302,7 @@ def test_excluded_positions_never_appear(case: Any) -> None:
     left_out = {END_OF_TEXT, *OUTLIERS}
     for feature in range(D_SAE):
         assert left_out.isdisjoint(t.token_id for t in index.top_tokens(feature))
-        for example in index.top_examples(feature) + sum((e for _, e in index.range_examples(feature)), []):
+        for example in all_examples(index, feature):
             assert dense.kept[example.position]
             assert dense.ids[example.position] not in left_out
 
@@ -425,8 +429,8 @@ def test_from_a_store(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         build(tmp_path / "x", first, make_sae(hook_name="blocks.0.hook_mlp_out"), activations=store)
     assert str(error.value) == (
-        f"{tmp_path / 'store'} holds activations of {HOOK}, and the SAE reads blocks.0.hook_mlp_out: give a store of"
-        " that hook."
+        f"{tmp_path / 'store'} holds activations of {HOOK}, and the SAE reads blocks.0.hook_mlp_out: give a"
+        " store of that hook."
     )
     assert not (tmp_path / "x").exists()
 
@@ -563,8 +567,8 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         build(folder, blocks, narrow)
     assert str(error.value) == (
-        f"The SAE reads vectors of width 4, and {HOOK} of lookup has width 8: give the model that the SAE was trained"
-        " on."
+        f"The SAE reads vectors of width 4, and {HOOK} of lookup has width 8: give the model that the SAE was"
+        " trained on."
     )
     silence = replace(blocks, ids=np.full_like(blocks.ids, END_OF_TEXT))
     with pytest.raises(InputError) as error:

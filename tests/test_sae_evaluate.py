@@ -1,5 +1,5 @@
-"""sae/evaluate.py: the metrics against a slow dense float64 computation, against numbers worked out by hand, and
-in cases whose answer is known; intervals, controls, JSON."""
+"""sae/evaluate.py: the metrics against a slow dense float64 computation, against numbers worked out by hand,
+and in cases whose answer is known; intervals, controls, JSON."""
 
 import json
 from contextlib import contextmanager
@@ -243,7 +243,7 @@ def test_every_metric_equals_the_slow_dense_computation(architecture, packing):
 
 
 class HandModel:
-    """A model whose logits are its activations: token 1 gives (0, ln 4, 0), token 2 (0, 0, ln 4), token 0 zeros."""
+    """Logits are the activations: (0, ln 4, 0) for token 1, (0, 0, ln 4) for token 2, zeros for token 0."""
 
     name, hash, d_vocab, device, dtype = "hand", "0", 3, torch.device("cpu"), torch.float64
     tokenizer = SimpleNamespace(special_ids=frozenset({0}))
@@ -262,7 +262,7 @@ class HandModel:
 
 
 def test_an_example_of_two_documents_worked_out_by_hand():
-    """Document A: separator 1 1 1, document B: separator 2. The SAE halves x; the reference mean is (0, ln 3, 0).
+    """Document A: separator 1 1 1, document B: separator 2. The SAE halves x; the mean is (0, ln 3, 0).
 
     Positions 1, 2, 3, 5 are replaced. Probabilities of the predicted tokens:
         position, predicted, of  0→1 A   1→1 A   1→1 A   1→0 B   0→2 B
@@ -313,7 +313,7 @@ def test_an_example_of_two_documents_worked_out_by_hand():
         },
     }
     assert_agrees(result.to_json(), expected, rel=1e-12)
-    # A sample of two documents is AA or BB once in four times each, so the bounds are the extremes of AA, AB, BB.
+    # A sample of two documents is AA or BB once in four times each: the bounds are extremes of AA, AB, BB.
     of_a, of_b = log(3 / 2) / log(2), log(3 / 4) / log(3 / 6)
     assert result.intervals["ce_loss_recovered"] == pytest.approx([of_b, recovered], rel=1e-12)
     assert of_b < of_a < recovered
@@ -383,6 +383,18 @@ def test_excluded_positions_pass_unchanged_in_every_variant(monkeypatch):
         assert not zero[kept].any()
         torch.testing.assert_close(mean[kept], reference().mean(0).expand_as(mean[kept]))
         torch.testing.assert_close(reconstruction[kept], sae(clean[kept]))
+
+
+def test_a_batch_without_text_adds_its_predictions_only():
+    """Seventy empty documents fill the first four blocks, one batch, with separators."""
+    packer = Packer(CONTEXT, END_OF_TEXT, None, VOCABULARY, "test")
+    documents = [(f"empty {i}", []) for i in range(70)] + [("text", list(range(1, 50)))]
+    blocks = packer.concatenated(documents, n_tokens=8 * CONTEXT)
+    result = evaluate(model(), make_sae("relu"), blocks, reference=reference())
+    assert (blocks.ids[:4] == END_OF_TEXT).all()
+    assert result.replaced == 49
+    assert result.predictions == (blocks.documents[:, 1:] != PADDING).sum()
+    assert result.documents == 71
 
 
 def test_the_same_bits_however_many_workers(monkeypatch):
@@ -553,8 +565,8 @@ def test_bad_input_is_one_sentence():
             SparseAutoencoder(sae.config, sae.weights, {"hook_name": "blocks.1.mlp.hook_post"}),
             make_blocks(),
             reference(),
-            "The SAE reads vectors of width 32, and blocks.1.mlp.hook_post of tiny has width 72: choose the model"
-            " that the SAE was trained on.",
+            "The SAE reads vectors of width 32, and blocks.1.mlp.hook_post of tiny has width 72: choose the"
+            " model that the SAE was trained on.",
         ),
         (
             sae,

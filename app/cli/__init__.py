@@ -47,6 +47,13 @@ def main() -> None:
     except InputError as error:
         print(f"sae: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        from activations.files import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        print("sae: The disk is full: free some space and run the same command again.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)
