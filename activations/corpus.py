@@ -106,6 +106,8 @@ class _Entry:
     """−1: to the end of the file."""
     split: Split
     digest: str
+    fills_up: bool = False
+    """Not of the corpus that was asked for: read only so that the test split has enough documents."""
 
 
 def split_of(key: str) -> Split:
@@ -208,7 +210,7 @@ class Corpus:
             raise InputError(f"There is no split {split!r}: it is one of {', '.join(get_args(Split))}.")
         entries = sorted((e for e in self._scan.entries if e.split == split), key=lambda entry: entry.name)
         random.Random(self.config.seed).shuffle(entries)
-        return entries
+        return sorted(entries, key=lambda entry: entry.fills_up)
 
     def _read(self, entry: _Entry) -> Document:
         with entry.path.open("rb") as file:
@@ -256,7 +258,7 @@ def _digest(text: str) -> str:
 
 
 def _python_entries(packages: Sequence[str], left_out: Counter[str]) -> Iterator[_Entry]:
-    """The standard library and the named packages; of the toolkit's own packages what falls into test."""
+    """The standard library and the named packages; then, to fill up the test split, the toolkit's own packages."""
     yield from _python_files(Path(sysconfig.get_paths()["stdlib"]), "", _NOT_ENTERED, left_out)
     for package in packages:
         folder = _package_folder(package)
@@ -296,7 +298,7 @@ def _python_files(
                 left_out[str(reason)] += 1
             else:
                 name = (Path(prefix) / path.relative_to(root)).as_posix()
-                yield _Entry(name, path, 0, -1, split, _digest(text))
+                yield _Entry(name, path, 0, -1, split, _digest(text), fills_up=only is not None)
 
 
 def _python_text(path: Path) -> str:

@@ -5,7 +5,7 @@ of which works on all features by sorting and never loops over them. Nothing den
 made, and memory does not grow with the text, except for the (feature, token) pairs that occur.
 """
 
-import errno
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,15 @@ import numpy as np
 
 from activations.blocks import TokenBlocks
 from activations.errors import InputError
-from activations.files import MANIFEST, is_finished, new_folder, read_manifest, write_manifest
+from activations.files import (
+    MANIFEST,
+    is_finished,
+    new_folder,
+    read_manifest,
+    room_needed,
+    write_bytes,
+    write_manifest,
+)
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.store import ActivationStore
@@ -98,19 +106,18 @@ def build_index(
         "packing": blocks.packing,
         "bos": blocks.bos,
     }
-    try:
-        with new_folder(folder) as new:
-            for name, array in arrays.items():
-                np.save(new / f"{name}.npy", array)
-            write_manifest(new, KIND, described, **facts)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            size = sum(array.nbytes for array in arrays.values())
-            raise InputError(
-                f"The disk has too little room for the feature index in {folder}, {size / 1e6:,.0f} MB: free"
-                " some, or choose a folder on another disk."
-            ) from None
-        raise
+    megabytes = sum(array.nbytes for array in arrays.values()) / 1e6
+    no_space = (
+        f"The disk has too little room for the feature index in {folder}, {megabytes:,.1f} MB: free some, or"
+        " choose a folder on another disk."
+    )
+    with room_needed(no_space), new_folder(folder) as new:
+        for name, array in arrays.items():
+            # By way of a buffer: numpy's own writing to files does not say why it failed.
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            write_bytes(new / f"{name}.npy", buffer.getvalue())
+        write_manifest(new, KIND, described, **facts)
     return FeatureIndex.open(folder)
 
 

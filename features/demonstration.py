@@ -10,29 +10,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from activations.edits import Edit
 from activations.errors import InputError
 from activations.models import LanguageModel
-from features.steering import (
-    LENS_TOKENS,
-    Method,
-    activation_targets,
-    edit_for,
-    edit_rows,
-    output_scores,
-    steer,
-)
+from features.steering import LENS_TOKENS, Method, edit_for, edit_rows, output_scores, steer
 from sae.model import SparseAutoencoder
 
 if TYPE_CHECKING:
     from features.index import FeatureIndex
 
-STRENGTHS = (1.0, 2.0, 4.0)
+STRENGTHS = (0.75, 1.0, 1.5)
+"""In units of the feature's maximum; clamped much higher, a small model repeats one token."""
 FINALISTS = 8
 SEEDS = 3
-MIN_DISTINCT = 0.75  # of the distinct tokens of unsteered text: below, the text has begun to repeat itself
-TEMPERATURE = 0.7
+MIN_DISTINCT = 0.75
+"""Of the variety of unsteered text (:func:`distinct_share`): below, the text has begun to repeat itself."""
 _CANDIDATES = 256
-_RAREST, _DENSEST = 1e-4, 0.02  # share of tokens on which a candidate fires
+_RAREST, _DENSEST = 5e-4, 0.02  # share of tokens on which a candidate fires, if there are any such
 
 
 @dataclass(frozen=True)
@@ -92,10 +86,10 @@ def choose_demonstration(
     sae: SparseAutoencoder,
     index: "FeatureIndex",
     *,
-    prompt: str = "def ",
+    prompt: str = "def",
     method: Method = "clamp",
-    max_new_tokens: int = 48,
-    temperature: float = TEMPERATURE,
+    max_new_tokens: int = 32,
+    temperature: float = 0.7,
     seed: int = 0,
 ) -> Demonstration:
     """Choose a feature by its output score and a strength by a small sweep.
@@ -105,47 +99,49 @@ def choose_demonstration(
     the texts stay nearly as varied as unsteered ones.
 
     Raises:
-        InputError: no feature of the index is neither very rare nor very common, or the prompt is too long.
+        InputError: no feature fired, the index has no logit lens, or the prompt is too long.
     """
-    usable = np.flatnonzero((index.density >= _RAREST) & (index.density <= _DENSEST))
+    density = index.density
+    usable = np.flatnonzero((density >= _RAREST) & (density <= _DENSEST))
+    if not len(usable):  # an index of few tokens
+        usable = np.flatnonzero(density)
     if not len(usable):
-        raise InputError(
-            "There is no feature to demonstrate steering with: none fires on 0.01% to 2% of tokens."
-        )
+        raise InputError("There is no feature to demonstrate steering with: none fired in the index.")
     candidates = usable[np.linspace(0, len(usable) - 1, min(_CANDIDATES, len(usable))).astype(int)].tolist()
     scores = output_scores(model, sae, index, candidates)
     best = scores.argsort(descending=True, stable=True)[:FINALISTS].tolist()
     score_of = {candidates[i]: float(scores[i]) for i in best}
 
-    settings = [(f, s) for f in score_of for s in STRENGTHS]
-    rows = [(f, s) for f, s in settings for _ in range(SEEDS)]
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = [(feature, strength) for feature in score_of for strength in STRENGTHS]
+    rows = [setting for setting in settings for _ in range(SEEDS)]
 
     def write() -> list[str]:
-        return model.generate([prompt] * len(rows), **sampling)
+        return model.generate(
+            [prompt] * len(rows), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
 
     default = write()
     with model.edited(_edit(sae, index, rows, method)):
         steered = write()
-    owned = {feature: own_tokens(index, feature) for feature in score_of}
+    own = {feature: own_tokens(index, feature) for feature in score_of}
     shares = np.array(
         [
-            [promoted_share(model, text, owned[feature]) for text in pair]
-            for (feature, _), pair in zip(rows, zip(default, steered, strict=True), strict=True)
+            [promoted_share(model, text, own[feature]) for text in pair]
+            for (feature, _), *pair in zip(rows, default, steered, strict=True)
         ]
     ).reshape(len(settings), SEEDS, 2)
-    distinct = (
-        np.array([distinct_share(model, text) for text in steered]).reshape(len(settings), SEEDS).mean(1)
-    )
+    variety = np.array([[distinct_share(model, text) for text in texts] for texts in (default, steered)])
+    varied = variety[1].reshape(len(settings), SEEDS).mean(axis=1) >= MIN_DISTINCT * variety[0].mean()
     gains = shares[:, :, 1] - shares[:, :, 0]
-    floor = MIN_DISTINCT * float(np.mean([distinct_share(model, text) for text in default]))
-    winner = int(np.where(distinct >= floor, gains.mean(axis=1), gains.mean(axis=1).min() - 1).argmax())
+    # Gains lie between −1 and 1: texts that repeat themselves win only where all of them do.
+    winner = int((gains.mean(axis=1) + 2 * varied).argmax())
     feature, strength = settings[winner]
-    # A batch draws row i from seed + i, so the row is written again, alone, from that seed.
     shown = int(np.argsort(gains[winner], kind="stable")[SEEDS // 2])
-    row_seed = seed + winner * SEEDS + shown
+    row_seed = seed + winner * SEEDS + shown  # a batch draws its row i from seed + i
     edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
-    pair = steer(model, [edit], prompt, seed=row_seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    pair = steer(
+        model, [edit], prompt, seed=row_seed, max_new_tokens=max_new_tokens, temperature=temperature
+    )
     return Demonstration(
         feature=feature,
         strength=strength,
@@ -157,15 +153,18 @@ def choose_demonstration(
         output_score=score_of[feature],
         default=pair.default,
         steered=pair.steered,
-        default_share=promoted_share(model, pair.default, owned[feature]),
-        steered_share=promoted_share(model, pair.steered, owned[feature]),
+        default_share=promoted_share(model, pair.default, own[feature]),
+        steered_share=promoted_share(model, pair.steered, own[feature]),
         mean_default_share=float(shares[winner, :, 0].mean()),
         mean_steered_share=float(shares[winner, :, 1].mean()),
         n_seeds=SEEDS,
-        own_tokens=owned[feature],
+        own_tokens=own[feature],
     )
 
 
-def _edit(sae: SparseAutoencoder, index: "FeatureIndex", rows: Sequence[tuple[int, float]], method: Method):
-    strengths = [strength * float(index.max[feature]) for feature, strength in rows]
-    return edit_rows(sae, [feature for feature, _ in rows], strengths, method)
+def _edit(
+    sae: SparseAutoencoder, index: "FeatureIndex", rows: Sequence[tuple[int, float]], method: Method
+) -> Edit:
+    """Row i of a batch steered by the feature and strength of ``rows[i]``."""
+    features = [feature for feature, _ in rows]
+    return edit_rows(sae, features, [s * float(index.max[f]) for f, s in rows], method)

@@ -9,7 +9,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from activations.errors import InputError
-from activations.files import read_json
+from activations.files import MANIFEST, read_json
 from features.labels import Label, Labels
 from sae.config import TrainConfig
 from sae.run import RunFolder, read_run_config
@@ -210,7 +210,10 @@ class Run:
     def _open_index(self) -> "FeatureIndex":
         from features.index import FeatureIndex
 
-        return FeatureIndex.open(self.folder.index)
+        # The trainer notes the SAE's hash in a manifest, so that torch is not needed to compare.
+        manifest = self.folder.sae / MANIFEST
+        sae_hash = read_json(manifest).get("sae_hash") if manifest.is_file() else None
+        return FeatureIndex.open(self.folder.index, sae_hash=sae_hash)
 
     def _sae_metadata(self) -> dict[str, Any]:
         from sae.formats.saelens import CONFIG

@@ -254,7 +254,7 @@ def steer(
 
 
 LENS_TOKENS = 10  # of a feature's promoted tokens
-_PROMPTS, _PROMPT_TOKENS = 4, 16
+_PROMPTS, _PROMPT_TOKENS = 4, 12
 _LOGITS_BYTES = 1 << 27  # of one pass
 
 
@@ -265,7 +265,7 @@ def output_scores(
     index: "FeatureIndex",
     features: Sequence[int],
     *,
-    strength: float = 2.0,
+    strength: float = 1.0,
     prompts: Tensor | None = None,
 ) -> Tensor:
     """Which features will steer? How far adding one raises, in one pass, the tokens that it promotes.
@@ -284,8 +284,13 @@ def output_scores(
         float64 ``[len(features)]``, −1 to 1; features that write nothing of their own lie near 0.
 
     Raises:
-        InputError: a feature never fired, or is none of this SAE's.
+        InputError: a feature never fired or is none of this SAE's, or the index has no logit lens.
     """
+    if not all(index.promoted(feature) for feature in features):
+        raise InputError(
+            f"Output scores need the logit lens, and the index has none: {sae.hook_name} does not write into the"
+            " residual stream of a model whose final normalisation is known."
+        )
     if prompts is None:
         prompts = neutral_prompts(index)
     n_prompts, n_tokens = prompts.shape

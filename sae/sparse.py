@@ -9,6 +9,7 @@ transpose of its usual form, so that a feature's encoder and decoder are both co
 """
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,37 @@ def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if key not in buffers or buffers[key].numel() < size:
         buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return buffers[key][:size].view(shape)
+
+
+def pre_activation_tiles(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """``centred · W_enc + b_enc``, some rows at a time; no gradient.
+
+    In a long batch the bias is the weight of one more input that is always 1: adding it to the product would read
+    and write every pre-activation once more, at a tenth of the product's cost.
+
+    Args:
+        centred: ``[n, d_in]``, the input minus b_dec. encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``.
+
+    Yields:
+        the first row of a tile, and the tile ``[rows, d_sae]``, valid until the next one.
+    """
+    n, d_in = centred.shape
+    d_sae = len(encoder_rows)
+    augmented = n > 2 * d_in
+    if augmented:
+        weights = _buffer("weights", (d_sae, d_in + 1), centred)
+        inputs = _buffer("inputs", (n, d_in + 1), centred)
+        weights[:, :d_in], weights[:, d_in] = encoder_rows, encoder_bias
+        inputs[:, :d_in], inputs[:, d_in] = centred, 1
+    step = tile_rows(d_sae, centred.element_size())
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        tile = _buffer("tile", (stop - start, d_sae), centred)
+        if augmented:
+            torch.mm(inputs[start:stop], weights.t(), out=tile)
+        else:
+            torch.addmm(encoder_bias, centred[start:stop], encoder_rows.t(), out=tile)
+        yield start, tile
 
 
 def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -84,14 +116,9 @@ def encode_topk(
     n, d_sae = len(centred), len(encoder_rows)
     values = centred.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int32, device=centred.device)
-    step = tile_rows(d_sae, centred.element_size())
-    for start in range(0, n, step):
-        rows = centred[start : start + step]
-        tile = _buffer("tile", (len(rows), d_sae), centred)
-        torch.addmm(encoder_bias, rows, encoder_rows.t(), out=tile)
-        tile_values, tile_indices = topk_of_tile(tile, k)
-        values[start : start + step] = tile_values
-        indices[start : start + step] = tile_indices
+    for start, tile in pre_activation_tiles(centred, encoder_rows, encoder_bias):
+        stop = start + len(tile)
+        values[start:stop], indices[start:stop] = topk_of_tile(tile, k)
     return (values.relu_() if relu else values), indices
 
 
@@ -191,13 +218,8 @@ def topk_codes(
 @torch.no_grad()
 def encode_relu(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> SparseCodes:
     """``relu(centred · W_enc + b_enc)`` as ragged codes, tile by tile; no gradient. Arguments as in encode_topk."""
-    parts = []
-    step = tile_rows(len(encoder_rows), centred.element_size())
-    for start in range(0, len(centred), step):
-        rows = centred[start : start + step]
-        tile = _buffer("tile", (len(rows), len(encoder_rows)), centred)
-        torch.addmm(encoder_bias, rows, encoder_rows.t(), out=tile)
-        parts.append(SparseCodes.from_dense(tile.relu_()))
+    tiles = pre_activation_tiles(centred, encoder_rows, encoder_bias)
+    parts = [SparseCodes.from_dense(tile.relu_()) for _, tile in tiles]
     return SparseCodes.concatenate(parts)
 
 

@@ -70,7 +70,7 @@ class Trainer:
         Returns:
             the loss, and the mean squared norm of the centred and scaled batch (what the mse is compared with).
         """
-        x = (activations.to(self.mean.device) - self.mean) * self.scale
+        x = (activations.to(self.mean.device) - self.mean).mul_(self.scale)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self._schedule()
         dead = (self.silent_tokens > self.dead_window).nonzero().flatten()
@@ -79,7 +79,7 @@ class Trainer:
         with torch.no_grad():
             decoder = self.weights.W_dec
             if self.architecture.unit_decoder and decoder.grad is not None:
-                decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
+                _remove_radial(decoder.grad, decoder)
             self.optimizer.step()
             if self.architecture.unit_decoder:
                 decoder /= decoder.norm(dim=1, keepdim=True).clamp_min(1e-8)
@@ -88,7 +88,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         self.tokens_done += len(x)
-        return loss, x.square().sum(1).mean()
+        return loss, torch.linalg.vector_norm(x).square() / len(x)
 
     def _schedule(self) -> float:
         """Linear warm-up, constant, linear decay to 0, as a factor on the learning rate."""
@@ -127,6 +127,12 @@ class Trainer:
                 }
             self.silent_tokens.copy_(tensors["silent_tokens"])
         self.steps_done, self.tokens_done = plain["steps_done"], plain["tokens_done"]
+
+
+def _remove_radial(gradient: Tensor, rows: Tensor) -> None:
+    """Take out of each row of ``gradient [d_sae, d_in]`` its component along the same row of unit ``rows``, in place."""
+    for g, row in zip(gradient.split(512), rows.split(512), strict=True):  # products that stay in the cache
+        g.addcmul_(row, (g * row).sum(1, keepdim=True), value=-1)
 
 
 def train(

@@ -1,8 +1,8 @@
 """The feature index against a dense computation that is slow and obvious, and what it refuses.
 
 Most tests use a "model" whose activations are small whole numbers, looked up by token and place: every
-product and sum is then exact, equal activations abound (so that ties are tested), and numbers can be compared for
-equality however the text is cut into chunks.
+product and sum is then exact, equal activations abound (so that ties are tested), and numbers can be compared
+for equality however the text is cut into chunks.
 """
 
 import json
@@ -515,9 +515,9 @@ def test_an_index_that_is_there_is_not_built_again(tmp_path: Path) -> None:
     before = (folder / "manifest.json").stat().st_mtime_ns
     build(folder, blocks, sae)
     assert (folder / "manifest.json").stat().st_mtime_ns == before
-    n = build(folder, make_blocks(12), sae).n_tokens  # other text: replaced
-    assert FeatureIndex.open(folder).n_tokens == n
-    assert build(folder, make_blocks(12), sae, inputs={"seed": 5}).manifest["inputs"]["seed"] == 5
+    n_tokens = FeatureIndex.open(folder).n_tokens
+    assert build(folder, make_blocks(20), sae).n_tokens > n_tokens  # other text: replaced
+    assert build(folder, make_blocks(20), sae, inputs={"seed": 5}).manifest["inputs"]["seed"] == 5
 
 
 def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
@@ -584,3 +584,22 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
         assert str(error.value) == (
             f"Feature {feature} does not exist: the features of this SAE are 0 to {D_SAE - 1}."
         )
+
+
+def test_a_full_disk_leaves_the_old_index(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="file sizes can be limited on POSIX only")
+    sae, folder = make_sae(), tmp_path / "index"
+    before = build(folder, make_blocks(10), sae).n_tokens
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError) as error:
+            build(folder, make_blocks(20), sae)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"The disk has too little room for the feature index in {folder}, 0.2 MB: free some, or choose a"
+        " folder on another disk."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert FeatureIndex.open(folder).n_tokens == before

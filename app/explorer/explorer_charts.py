@@ -65,7 +65,14 @@ def feature_scatter(
         )
     figure.update_layout(**_LAYOUT, height=400, dragmode="pan", clickmode="event+select")
     figure.update_xaxes(title="log₁₀ density (share of tokens on which it fires)", zeroline=False)
-    figure.update_yaxes(title=f"{strength_name} activation", type="log", zeroline=False, dtick="D2")
+    ticks = _decade_ticks(float(strength.min()), float(strength.max())) if len(strength) else []
+    figure.update_yaxes(
+        title=f"{strength_name} activation",
+        type="log",
+        zeroline=False,
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )
     return figure
 
 

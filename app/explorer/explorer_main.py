@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 # Streamlit puts this folder on the path, not the one that holds the package `app`, which is there when it is installed.
-_ROOT = str(Path(__file__).resolve().parents[2])
+_FOLDER = Path(__file__).resolve().parent
+_ROOT = str(_FOLDER.parents[1])
 if _ROOT not in sys.path:
     sys.path.append(_ROOT)
 
@@ -19,7 +20,9 @@ from app.explorer.explorer_style import STYLE_SHEET  # noqa: E402
 
 def main() -> None:
     """One run of the script: the page that the address names."""
-    st.set_page_config(page_title="SAEscope", page_icon=":material/blur_on:", layout="wide")
+    # A named Material icon would be fetched from the network.
+    st.set_page_config(page_title=f"SAEscope · {Path(sys.argv[1]).name}", page_icon=_FOLDER / "icon.svg", layout="wide")
+    st.logo(_FOLDER / "logo.svg", icon_image=_FOLDER / "icon.svg", size="large")
     page = st.navigation(
         [
             st.Page(page_overview.show, title="Overview", icon=":material/scatter_plot:", url_path="overview", default=True),

@@ -4,7 +4,7 @@ Colours come from the text's own colour wherever they can, so that one sheet ser
 Every function escapes the text it is given.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -14,7 +14,7 @@ STYLE_SHEET = """
 .stMainBlockContainer { max-width: 1360px; }
 .stHtml { overflow-wrap: anywhere; }
 .stHtml p { margin: 0; }
-.stHtml a.go { text-decoration: none; }
+.stHtml a.go { text-decoration: none; color: color-mix(in srgb, #0d9488 82%, currentColor); }
 .stHtml a.go:hover { text-decoration: underline; }
 .stHtml .faint { color: color-mix(in srgb, currentColor 62%, transparent); }
 .stHtml .small { font-size: .86rem; }
@@ -33,6 +33,15 @@ STYLE_SHEET = """
 .stHtml .card .note { font-size: .79rem; color: color-mix(in srgb, currentColor 66%, transparent); line-height: 1.4;
   font-variant-numeric: tabular-nums; }
 
+.stHtml .track { position: relative; height: 10px; margin: .3rem 0 .25rem; }
+.stHtml .track i { position: absolute; display: block; }
+.stHtml .track .rail { left: 0; right: 0; top: 4px; height: 2px; border-radius: 1px;
+  background: color-mix(in srgb, currentColor 14%, transparent); }
+.stHtml .track .interval { top: 2px; height: 6px; min-width: 3px; border-radius: 3px; background: #0d9488; }
+.stHtml .track .control { top: 1px; width: 8px; height: 8px; margin-left: -4px; border-radius: 50%;
+  background: color-mix(in srgb, currentColor 38%, transparent); }
+
+.stHtml .tokens.line { white-space: normal; }
 .stHtml .tokens { font-family: "Source Code Pro", ui-monospace, monospace; font-size: .83rem; line-height: 1.62;
   white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
 .stHtml .t { background: rgb(var(--heat) / calc(var(--a) * .82)); border-radius: 3px; padding: .08em 0;
@@ -61,9 +70,10 @@ STYLE_SHEET = """
   white-space: pre; max-width: 100%; overflow: hidden; text-overflow: ellipsis; display: inline-block;
   vertical-align: bottom; }
 .stHtml table.bars { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
-.stHtml table.bars th { font-weight: 500; font-size: .76rem; text-align: right; padding: 0 .1rem .15rem .6rem;
+.stHtml table.bars th { font-weight: 500; font-size: .76rem; text-align: right; padding: 0 .1rem .15rem .6rem; white-space: nowrap;
   color: color-mix(in srgb, currentColor 58%, transparent); border: none; }
 .stHtml table.bars th:first-child { text-align: left; padding-left: 0; }
+.stHtml .digits { display: inline-block; min-width: 2.9rem; }
 .stHtml table.bars td { padding: .17rem .1rem .17rem .6rem; border: none; text-align: right; white-space: nowrap; }
 .stHtml table.bars td:first-child { text-align: left; padding-left: 0; white-space: normal; max-width: 0; width: 99%; }
 .stHtml .bar { display: inline-block; height: .58rem; width: 4.2rem; border-radius: 3px; vertical-align: middle;
@@ -89,22 +99,48 @@ STYLE_SHEET = """
 
 @dataclass(frozen=True)
 class Card:
-    """One figure: what it is, its value, a remark under it, and a definition shown on hover."""
+    """One figure.
+
+    Attributes:
+        name, value: what it is, and how much.
+        notes: lines under it.
+        definition: shown on hover.
+        track: HTML of a small picture between value and notes, see :func:`track_html`.
+    """
 
     name: str
     value: str
-    note: str = ""
+    notes: Sequence[str] = ()
     definition: str = ""
+    track: str = ""
 
 
 def cards_html(cards: Iterable[Card]) -> str:
     """Figures side by side, as many to a row as fit."""
     body = "".join(
         f'<div class="card" title="{escape(card.definition)}"><div class="name">{escape(card.name)}</div>'
-        f'<div class="value">{escape(card.value)}</div><div class="note">{escape(card.note)}</div></div>'
+        f'<div class="value">{escape(card.value)}</div>{card.track}'
+        + "".join(f'<div class="note">{escape(note)}</div>' for note in card.notes)
+        + "</div>"
         for card in cards
     )
     return f'<div class="cards">{body}</div>'
+
+
+def track_html(low: float, high: float, controls: Mapping[str, float]) -> str:
+    """An interval and some controls on a line from 0 to 1; what lies outside stands at its end."""
+
+    def place(value: float) -> str:
+        return f"{min(max(value, 0.0), 1.0):.2%}"
+
+    dots = "".join(
+        f'<i class="control" style="left:{place(value)}" title="{escape(name)}"></i>' for name, value in controls.items()
+    )
+    width = f"calc({place(high)} - {place(low)})"
+    return (
+        f'<div class="track"><i class="rail"></i>{dots}'
+        f'<i class="interval" style="left:{place(low)};width:{width}"></i></div>'
+    )
 
 
 def part(title: str, hint: str = "") -> str:
@@ -112,9 +148,11 @@ def part(title: str, hint: str = "") -> str:
     return f'<h3 class="part">{escape(title)}</h3>' + (f'<p class="hint">{escape(hint)}</p>' if hint else "")
 
 
-def bar(share: float, *, negative: bool = False) -> str:
-    """A small horizontal bar filled to ``share`` (0 to 1)."""
-    return f'<span class="bar{" n" if negative else ""}" style="--w:{min(max(share, 0), 1):.1%}"></span>'
+def bar(share: float, text: str, *, negative: bool = False) -> str:
+    """A small horizontal bar filled to ``share`` (0 to 1), and a figure beside it."""
+    kind = "bar n" if negative else "bar"
+    filled = f"{min(max(share, 0.0), 1.0):.1%}"
+    return f'<span class="{kind}" style="--w:{filled}"></span><span class="digits">{escape(text)}</span>'
 
 
 def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

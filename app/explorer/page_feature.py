@@ -9,7 +9,14 @@ import streamlit as st
 from activations.errors import InputError
 from app.explorer.explorer_charts import activation_histogram
 from app.explorer.explorer_links import address, feature_address, link
-from app.explorer.explorer_state import asked_feature, complain, name_of, random_feature, the_run
+from app.explorer.explorer_state import (
+    LONGEST_TEXT_IN_LINK,
+    asked_feature,
+    complain,
+    name_of,
+    random_feature,
+    the_run,
+)
 from app.explorer.explorer_style import Card, bar, cards_html, number, part, percent, table_html
 from app.explorer.tokens_html import chip, tokens_html
 from features.labels import Label
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
 
 VIEWS = {"Snippets": 24, "Passages": 64}  # tokens shown of each example
 NEIGHBOURS_SHOWN = 10
+SILENT = "This feature never fired on the tokens of the index. What it writes rests on its weights alone."
 
 
 def show() -> None:
@@ -33,23 +41,17 @@ def show() -> None:
         return
     _steps(run, feature)
     _name(feature)
-    if not feature.count:
-        st.html(
-            '<div class="panel">This feature never fired on the tokens of the index: there are no examples, and what'
-            " it writes (right or below) rests on its weights alone.</div>"
-        )
-    else:
+    if feature.count:
         st.html(cards_html(_statistics(feature)))
     left, right = st.columns([1.75, 1], gap="large")
     with left:
-        if feature.count:
-            _examples(feature)
-        _own_text(feature)
+        _examples(feature)
     with right:
         if feature.count:
             _histogram(feature)
             st.html(_top_tokens(feature))
-        st.html(_logit_lens(feature))
+        if feature.promoted:
+            st.html(_logit_lens(feature))
         st.html(_neighbours(feature))
 
 
@@ -93,7 +95,7 @@ def _steps(run: Run, feature: Feature) -> None:
             disabled=feature.index == last,
         )
         st.button("Random", icon=":material/casino:", on_click=show_feature, args=(random_feature(run),))
-        st.html(link(address("steer", steer=f"{feature.index}:2"), "Steer this feature", classes="button"), width="content")
+        st.html(link(address("steer", features=feature.index), "Steer this feature", classes="button"), width="content")
 
 
 def _name(feature: Feature) -> None:
@@ -147,36 +149,44 @@ def _statistics(feature: Feature) -> list[Card]:
     one_in = f"one token in {number(1 / feature.density)}"
     index = feature.run.index
     return [
-        Card("Density", percent(feature.density), one_in, "share of the index's positions on which it fires"),
-        Card("Firings", f"{feature.count:,}", f"of {index.n_tokens:,} tokens", "in the index, over the train split"),
-        Card("Largest activation", number(feature.max), "strength 1 when steering", "over the index"),
-        Card("Mean activation", number(feature.mean), "where it fires", "over its firings in the index"),
-        Card("Median activation", number(index.quantile(feature.index, 0.5)), "where it fires", "from the histogram"),
+        Card("Density", percent(feature.density), [one_in], "share of the index's positions on which it fires"),
+        Card("Firings", f"{feature.count:,}", [f"of {index.n_tokens:,} tokens"], "in the index, over the train split"),
+        Card("Largest activation", number(feature.max), ["strength 1 when steering"], "over the index"),
+        Card("Mean activation", number(feature.mean), ["where it fires"], "over its firings in the index"),
+        Card("Median activation", number(index.quantile(feature.index, 0.5)), ["where it fires"], "from the histogram"),
     ]
 
 
 def _examples(feature: Feature) -> None:
-    view = st.segmented_control(
-        "View", list(VIEWS), default="Snippets", required=True, key="view", label_visibility="collapsed"
-    )
-    width, one_line = VIEWS[view], view == "Snippets"
-    strongest, across, = st.tabs(["Strongest", "Across the range"])
-    with strongest:
-        st.html(
-            '<p class="hint">Where it fires most, at most one place per document. Colour is the share of the'
-            " feature's largest activation; hover for values.</p>"
-            + examples_html(feature.top_examples(width), feature.max, one_line=one_line)
+    """Where it fires: the strongest places, a fair sample, and a text of one's own."""
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.html(part("Where it fires"), width="content")
+        view = st.segmented_control(
+            "View", list(VIEWS), default="Snippets", required=True, key="view", label_visibility="collapsed"
         )
+    width, one_line = VIEWS[view], view == "Snippets"
+    strongest, across, own = st.tabs(["Strongest", "Across the range", "In a text of your own"])
+    with strongest:
+        if not feature.count:
+            st.html(f'<p class="hint">{SILENT}</p>')
+        else:
+            st.html(
+                '<p class="hint">At most one place per document. The deeper the colour, the nearer to the feature\'s'
+                " largest activation; hover for values.</p>"
+                + examples_html(feature.top_examples(width), feature.max, one_line=one_line)
+            )
     with across:
         bands = "".join(
-            f'<p class="band">{escape(name)}</p>' + examples_html(examples, feature.max, one_line=one_line)
+            f'<p class="band">{escape(name)} of its firings by strength</p>'
+            + examples_html(examples, feature.max, one_line=one_line)
             for name, examples in feature.range_examples(width)
-            if examples
         )
         st.html(
-            '<p class="hint">A fair sample of all its firings, sorted into bands that hold equally many: what the'
-            f" strongest examples alone do not show.</p>{bands}"
+            '<p class="hint">A fair sample of all its firings, in bands that hold equally many: what the strongest'
+            f" alone do not show.</p>{bands}"
         )
+    with own:
+        _own_text(feature)
 
 
 def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bool) -> str:
@@ -199,7 +209,7 @@ def _top_tokens(feature: Feature) -> str:
     rows = [
         [
             chip(token.token),
-            bar(token.share) + f" {escape(percent(token.share))}",
+            bar(token.share, percent(token.share)),
             f"{number(token.lift)}×",
             escape(number(token.mean)),
         ]
@@ -215,7 +225,7 @@ def _logit_lens(feature: Feature) -> str:
 
     def side(title: str, tokens: list[tuple[str, int, float]], negative: bool) -> str:
         rows = [
-            [chip(token), bar(abs(logit) / largest, negative=negative) + f" {logit:+.2f}"] for token, _, logit in tokens
+            [chip(token), bar(abs(logit) / largest, f"{logit:+.2f}", negative=negative)] for token, _, logit in tokens
         ]
         return f"<div>{table_html([title, 'logit'], rows)}</div>"
 
@@ -230,7 +240,7 @@ def _neighbours(feature: Feature) -> str:
     rows = [
         [
             f'<span class="ellipsis">{link(feature_address(other), str(other))} {escape(name_of(run, other))}</span>',
-            bar(max(cosine, 0)) + f" {cosine:.2f}",
+            bar(cosine, f"{cosine:.2f}"),
         ]
         for other, cosine in feature.neighbours[:NEIGHBOURS_SHOWN]
     ]
@@ -238,7 +248,6 @@ def _neighbours(feature: Feature) -> str:
 
 
 def _own_text(feature: Feature) -> None:
-    st.html(part("Try a text of your own", "See where in it this feature fires."))
     text = st.text_area(
         "Text",
         key="own text",
@@ -256,6 +265,7 @@ def _own_text(feature: Feature) -> None:
         return
     activations = trace.activations(feature.index)
     fired = int((activations != 0).sum())
+    short = text if len(text) <= LONGEST_TEXT_IN_LINK else None
     st.html(
         f'<div class="panel">{tokens_html(trace.tokens, activations.tolist(), feature.max)}</div>'
         f'<p class="hint">It fires on {fired:,} of {len(trace.tokens):,} tokens'

@@ -9,11 +9,11 @@ import streamlit as st
 from app.explorer.explorer_charts import density_histogram, feature_scatter
 from app.explorer.explorer_links import feature_address, go
 from app.explorer.explorer_state import the_run
-from app.explorer.explorer_style import Card, cards_html, number, part, percent
+from app.explorer.explorer_style import Card, cards_html, number, part, percent, track_html
 from features.labels import Label
 from features.run import Run
 
-CONTROL_NAMES = {"principal_components": "principal components", "random_weights": "random SAE"}
+CONTROL_NAMES = {"principal_components": "PCA", "random_weights": "random SAE"}
 STRENGTHS = {"largest": "max", "mean": "mean"}
 
 
@@ -42,46 +42,57 @@ def _figures(run: Run) -> None:
         st.info("This run has not been evaluated yet: the command `sae evaluate` does it.")
         return
     evaluation = run.evaluation
+    dead = evaluation["dead_fraction"]
+    cards = [
+        _card(
+            evaluation,
+            "explained_variance",
+            "Explained variance",
+            "1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² over the test split",
+            is_share=True,
+        ),
+        _card(
+            evaluation,
+            "ce_loss_recovered",
+            "CE loss recovered",
+            "(CE with zeros − CE with the SAE) / (CE with zeros − CE of the model)",
+            is_share=True,
+        ),
+        _card(evaluation, "kl", "KL divergence", "of predictions with the SAE from the model's own, in nats"),
+        Card(
+            "L0",
+            number(evaluation["l0"]),
+            ["features fire per token,", f"of {run.config.sae.d_sae:,}"],
+            "mean number of features that fire",
+        ),
+        Card(
+            "Dead features",
+            "–" if dead is None else percent(dead),
+            [f"{percent(evaluation['alive_fraction'])} fire at least", "once on the test split"],
+            "features that did not fire on the last tokens of training",
+        ),
+    ]
     st.html(
-        cards_html(
-            [
-                _card(
-                    evaluation,
-                    "explained_variance",
-                    "Explained variance",
-                    "1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² over the test split",
-                ),
-                _card(
-                    evaluation,
-                    "ce_loss_recovered",
-                    "CE loss recovered",
-                    "(CE with zeros − CE with the SAE) / (CE with zeros − CE of the model)",
-                ),
-                _card(evaluation, "l0", "L0", "features that fire per token"),
-                _card(evaluation, "kl", "KL divergence", "of predictions with the SAE from the model's own, in nats"),
-                Card(
-                    "Dead features",
-                    "–" if evaluation["dead_fraction"] is None else percent(evaluation["dead_fraction"]),
-                    f"{percent(evaluation['alive_fraction'])} fire on the test split",
-                    "features that did not fire on the last tokens of training",
-                ),
-            ]
-        )
-        + f'<p class="hint" style="margin-top:.45rem">Test split: {evaluation["tokens"]:,} tokens of'
-        f" {evaluation['documents']:,} documents that neither model nor SAE has read. Brackets: 95% bootstrap intervals"
-        " over documents. Controls have the same L0.</p>"
+        cards_html(cards)
+        + f'<p class="hint" style="margin-top:.45rem">Measured on {evaluation["tokens"]:,} tokens of'
+        f" {evaluation['documents']:,} test documents that neither model nor SAE has read; 95% bootstrap intervals over"
+        " documents. Grey: controls with the same L0.</p>"
     )
 
 
-def _card(evaluation: dict[str, Any], key: str, name: str, definition: str) -> Card:
+def _card(evaluation: dict[str, Any], key: str, name: str, definition: str, *, is_share: bool = False) -> Card:
+    """One metric with its interval and its controls; a share of 1 gets a picture of them."""
+
     def figure(value: float | None) -> str:
         return "–" if value is None else number(value)
 
     low, high = evaluation["intervals"].get(key) or (None, None)
-    notes = [] if low is None else [f"[{figure(low)}, {figure(high)}]"]
+    controls = {CONTROL_NAMES.get(n, n): c[key] for n, c in evaluation["controls"].items() if c.get(key) is not None}
+    notes = [f"95%: {figure(low)} to {figure(high)}"] if low is not None and low != high else []
     if key != "l0":
-        notes += [f"{CONTROL_NAMES.get(n, n)} {figure(c[key])}" for n, c in evaluation["controls"].items() if key in c]
-    return Card(name, figure(evaluation[key]), " · ".join(notes), definition)
+        notes += [f"{control}: {figure(value)}" for control, value in controls.items()]
+    track = track_html(low, high, controls) if is_share and low is not None and high is not None else ""
+    return Card(name, figure(evaluation[key]), notes, definition, track)
 
 
 def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
@@ -91,21 +102,21 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
     silent = index.d_sae - len(firing)
     left, right = st.columns([2.1, 1], gap="medium")
     with left:
-        st.html(
-            part(
-                "Every feature",
-                "A click opens a feature; the frame and lasso tools (top right) list what they catch below."
-                + (f" {silent:,} features never fired in the index and are not drawn." if silent else ""),
+        with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+            st.html(part("Every feature"), width="content")
+            strength = st.segmented_control(
+                "Activation shown",
+                list(STRENGTHS),
+                default="largest",
+                required=True,
+                key="height",
+                bind="query-params",
+                label_visibility="collapsed",
             )
-        )
-        strength = st.segmented_control(
-            "Activation shown",
-            list(STRENGTHS),
-            default="largest",
-            required=True,
-            key="height",
-            bind="query-params",
-            label_visibility="collapsed",
+        st.html(
+            '<p class="hint">A click opens a feature; the frame and lasso tools (top right) list what they catch below.'
+            + (f" {silent:,} features never fired in the index and are not drawn." if silent else "")
+            + "</p>"
         )
         values = index.max if STRENGTHS[strength] == "max" else index.mean
         scores = np.full(index.d_sae, np.nan)
@@ -168,7 +179,7 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
         height=460,
         hide_index=True,
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode="single-cell",
         column_config={
             "feature": st.column_config.NumberColumn(width=70, format="%d"),
             "label": st.column_config.TextColumn(width="large"),
@@ -181,8 +192,9 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             "mean": st.column_config.NumberColumn(width=75, format="%.2f", help="mean activation where it fires"),
         },
     )
-    if picked.selection.rows:
-        go(feature_address(int(features[picked.selection.rows[0]])))
+    if picked.selection.cells:
+        row, _ = picked.selection.cells[0]
+        go(feature_address(int(features[row])))
 
 
 def _score(label: Label | None) -> float:

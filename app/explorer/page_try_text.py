@@ -118,7 +118,7 @@ def _text(run: Run, trace: Trace, feature: int | None, token: int | None) -> Non
         f'<p class="coloured">Coloured by {link(feature_address(feature), f"feature {feature}")}'
         f' <b data-testid="coloured label">{escape(name_of(run, feature))}</b>'
         f' <span class="faint">· fires on {int((activations != 0).sum()):,} of {len(trace.tokens):,} tokens ·'
-        f" {link(address('steer', steer=f'{feature}:2'), 'steer')}</span></p>"
+        f" {link(address('steer', features=feature), 'steer')}</span></p>"
         f'<div class="panel">{tokens}</div>'
     )
 
@@ -134,7 +134,7 @@ def _feature_rows(run: Run, found: list[tuple[int, float]], shown: int | None) -
                 f'<span class="ellipsis">{link(feature_address(feature), str(feature), title="open this feature")}'
                 f" {pick({'feature': feature}, label, title='colour the text by this feature')}</span>",
                 f"{number(activation)}",
-                bar(share) + f' <span class="faint">{share:.0%}</span>',
+                bar(share, f"{share:.0%}"),
             ]
         )
     return rows
@@ -148,14 +148,14 @@ def _features_of_token(run: Run, trace: Trace, token: int, by_share: bool, shown
         return f'{title}<p class="hint">Nothing fires here: training left this position out. {back}</p>'
     return (
         f'{title}<p class="hint">{len(found)} features fire here. {back}</p>'
-        + table_html(["feature", "activation", "of its maximum"], _feature_rows(run, found, shown))
+        + table_html(["feature", "activation", "share of max"], _feature_rows(run, found, shown))
     )
 
 
 def _features_of_text(run: Run, trace: Trace, strongest: list[tuple[int, float, int]], shown: int | None) -> str:
     found = [(feature, activation) for feature, activation, _ in strongest]
     return part("Strongest anywhere in the text", "A label colours the text, a number opens the feature.") + table_html(
-        ["feature", "activation", "of its maximum"], _feature_rows(run, found, shown)
+        ["feature", "activation", "share of max"], _feature_rows(run, found, shown)
     )
 
 
@@ -170,9 +170,8 @@ def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
             best.append(found[0])
 
     def show_token() -> None:
-        rows = st.session_state[key].selection.rows
-        if rows:
-            st.query_params["token"] = str(places[rows[0]])
+        if cells := st.session_state[key].selection.cells:
+            st.query_params["token"] = str(places[cells[0][0]])
 
     key = f"tokens of {hash(tuple(trace.ids))}"
     st.dataframe(
@@ -188,14 +187,14 @@ def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
         hide_index=True,
         height=320,
         on_select=show_token,
-        selection_mode="single-row",
+        selection_mode="single-cell",
         column_config={
             "#": st.column_config.NumberColumn(width=45),
             "token": st.column_config.TextColumn(width=110),
             "feature": st.column_config.NumberColumn(width=70, format="%d"),
             "label": st.column_config.TextColumn(width="medium"),
             "activation": st.column_config.NumberColumn(width=80, format="%.2f"),
-            "share": st.column_config.ProgressColumn("of its maximum", width=120, min_value=0, max_value=1, format="percent"),
+            "share": st.column_config.ProgressColumn("share of max", width=120, min_value=0, max_value=1, format="%.2f"),
         },
     )
 

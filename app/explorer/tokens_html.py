@@ -34,20 +34,22 @@ def token_html(
         pick: what a click on it sets in the address, such as ``"token=5"``; nothing if empty.
     """
     text = printable(token)
-    if one_line:
-        text = text.replace("\n", "↵").replace("\t", "⇥")
     if activation == 0 and not framed and not pick:
-        return escape(text)
-    if not one_line and (activation or framed):
+        return escape(text.replace("\n", "↵ ") if one_line else text)
+    if one_line:
+        text = text.replace("\n", "↵") if text.strip() else _counted(text)
+    elif activation or framed:
         text = text.replace("\n", "↵\n")  # a line end would otherwise show no colour
-    shown = escape(text or "‥")  # a token whose character stands at another has no text
+    word = text.lstrip(" ") or text
+    # A space before a word stays outside, so that a line that breaks there leaves no coloured stub behind.
+    margin, shown = text[: len(text) - len(word)], escape(word or "‥")  # "": its character stands at another token
     classes = "t" + " n" * (activation < 0) + " p" * framed
     colour = f' style="--a:{_opacity(activation, maximum):.3f}"' if activation else ""
     title = escape(f"{visible(token) or 'part of a character'}   {activation:.3g}{_of_maximum(activation, maximum)}")
     if not pick:
-        return f'<span class="{classes}"{colour} title="{title}">{shown}</span>'
+        return f'{margin}<span class="{classes}"{colour} title="{title}">{shown}</span>'
     link = f'href="?{escape(pick)}" data-pick="{escape(pick)}" target="_self" tabindex="-1"'
-    return f'<a class="go {classes}" {link}{colour} title="{title}">{shown}</a>'
+    return f'{margin}<a class="go {classes}" {link}{colour} title="{title}">{shown}</a>'
 
 
 def tokens_html(
@@ -97,6 +99,13 @@ def escape_markdown(text: str) -> str:
     """
     line = " ".join(text.split())
     return "".join(f"\\{c}" if c.isascii() and not c.isalnum() and c != " " else c for c in line)
+
+
+def _counted(whitespace: str) -> str:
+    """White space as signs, long runs of spaces as their number: for lists in which every line counts."""
+    spaces = len(whitespace) - len(whitespace.rstrip(" "))
+    rest = whitespace.rstrip(" ").translate(_WHITESPACE)
+    return rest + ("␣" * spaces if spaces <= 3 else f"␣×{spaces}")
 
 
 def _sign(character: str) -> str:

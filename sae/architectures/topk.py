@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from sae.architectures.base import Loss, Weights
 from sae.codes import SparseCodes
@@ -39,18 +40,17 @@ class TopK:
     def loss(self, weights: Weights, x: Tensor, dead: Tensor, done: float) -> Loss:
         """See the module's equation. ``done`` is not used: nothing is scheduled."""
         codes = topk_codes(x, weights.b_dec, weights.encoder_rows, weights.b_enc, self.k)
-        error = x - decode(codes, weights.W_dec, weights.b_dec)
-        mse = error.square().sum(1).mean()
+        estimate = decode(codes, weights.W_dec, weights.b_dec)
+        mse = mse_loss(estimate, x, reduction="sum") / len(x)
         terms = {"mse": mse.detach()}
         total = mse
         if len(dead) and self.auxk:
-            auxiliary = self._auxiliary(weights, x, error.detach(), dead)
+            auxiliary = self._auxiliary(weights, x, x - estimate.detach(), dead)
             terms["auxk"] = auxiliary.detach()
             total = mse + self.auxk * auxiliary
         fires = codes.values.detach() != 0
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
-        fired[codes.indices[fires]] = True
-        return Loss(total, terms, fires.sum(), fired)
+        firings = torch.zeros(self.d_sae, device=x.device).index_add_(0, codes.indices.flatten(), fires.flatten().float())
+        return Loss(total, terms, fires.sum(), firings > 0)
 
     def _auxiliary(self, weights: Weights, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         k_aux = min(x.shape[1] // 2, len(dead))
