@@ -1,7 +1,8 @@
-"""Show that steering works: choose a feature that steers, a strength that leaves the text whole, and measure both.
+"""Show that steering works: choose a feature that steers and a strength that leaves the text whole.
 
-The measure is the share of written tokens that are the feature's *own*: those that it promotes by the logit lens,
-and those that it fires on. It is compared with the share in the text written from the same seed without steering.
+The measure is the share of written tokens that are the feature's *own*: those that it promotes by the logit
+lens, and those that it fires on. It is compared with the share in the text written without steering from the
+same seed.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ class Demonstration:
     """One feature steered, with what it takes to do it again.
 
     Attributes:
-        feature, strength, method, prompt, seed, max_new_tokens, temperature: the settings; strength in units of
-            the feature's maximum.
+        feature, strength, method, prompt, seed, max_new_tokens, temperature: the settings; strength in units
+            of the feature's maximum.
         output_score: see :func:`features.steering.output_scores`.
         default, steered: the two continuations from that seed.
         default_share, steered_share: share of the feature's own tokens in them.
@@ -139,9 +140,7 @@ def choose_demonstration(
     shown = int(np.argsort(gains[winner], kind="stable")[SEEDS // 2])
     row_seed = seed + winner * SEEDS + shown  # a batch draws its row i from seed + i
     edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
-    pair = steer(
-        model, [edit], prompt, seed=row_seed, max_new_tokens=max_new_tokens, temperature=temperature
-    )
+    pair = steer(model, [edit], prompt, seed=row_seed, max_new_tokens=max_new_tokens, temperature=temperature)
     return Demonstration(
         feature=feature,
         strength=strength,

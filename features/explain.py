@@ -9,18 +9,17 @@ For each feature the index (train split) proposes one predicate of each kind::
     says     says ‹return›                       the token that follows is one that the feature promotes
     always   fires on 43% of all tokens          nothing at all; for dense features
 
-and the one with the best F1 on the score split (:mod:`features.score` measures it) becomes the label. "says" is
-judged by the text as the others are, but its tokens come from the logit lens: what a feature reads and what it
-writes together describe it better than either alone (Gur-Arieh et al. 2025, 2501.08319).
+and the one with the best F1 on the score split (:mod:`features.score` measures it) becomes the label. "says"
+is judged by the text as the others are, but its tokens come from the logit lens: what a feature reads and
+what it writes together describe it better than either alone (Gur-Arieh et al. 2025, 2501.08319).
 
-Nothing is fitted on the score split except which of the kinds is best. A kind's set is chosen on the train split:
-of the tokens that would reach the best F1 alone, at most :data:`MAX_TOKENS`, the most precise first, as many as
-make the F1 of the whole set largest.
+Nothing is fitted on the score split except which of the kinds is best. A kind's set is chosen on the train
+split: of the tokens that would reach the best F1 alone, at most :data:`MAX_TOKENS`, the most precise first,
+as many as make the F1 of the whole set largest.
 """
 
 import re
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np
@@ -121,7 +120,7 @@ def propose(index: FeatureIndex) -> list[Proposal]:
     total = _array(index, "vocabulary_count")[key]
     proposals = [_proposal("on", "fires on", "current", feature, key, hits, total, fired)]
 
-    # A fair sample of each feature's firings stands for the tokens around them, which the index does not count.
+    # The index does not count the tokens around firings: a fair sample of each feature's stands for them.
     sample = _array(index, "range_position").reshape(d_sae, -1)
     sampled = (sample >= 0).sum(axis=1)
     owner, place = np.nonzero(sample >= 0)

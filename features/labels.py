@@ -1,7 +1,7 @@
 """What do we call a feature: labels in one SQLite file, the only file of a run that people edit.
 
-A feature may have an automatic label with its scores, a person's label, and a person's note, each in a table of
-its own: labelling again replaces the first and cannot touch the others. A person's label wins.
+A feature may have an automatic label with its scores, a person's label, and a person's note, each in a table
+of its own: labelling again replaces the first and cannot touch the others. A person's label wins.
 """
 
 import json
@@ -50,8 +50,8 @@ class Label:
         text: the label; empty for a feature that has only a note.
         source: who gave it.
         method: which kind of automatic label it is (see :mod:`features.explain`); empty for a person's.
-        f1, precision, recall: of the label as a predictor of firing, on held-out documents; None where nothing
-            was measured, and for a person's label.
+        f1, precision, recall: of the label as a predictor of firing, on held-out documents; None where
+            nothing was measured, and for a person's label.
         n: how many held-out positions on which the feature fired they rest on; None likewise.
         note: a person's remark, empty if there is none.
     """
@@ -70,8 +70,8 @@ class Label:
 class Labels:
     """The labels of one run.
 
-    Every call opens its own connection, so an instance may be shared by threads, and several processes may write
-    to one file. The file appears at the first write.
+    Every call opens its own connection, so an instance may be shared by threads, and several processes may
+    write to one file. The file appears at the first write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +90,7 @@ class Labels:
         return labels
 
     def get(self, feature: int) -> Label | None:
-        """The label of a feature, a person's before an automatic one; None if there is neither, nor a note."""
+        """The label of a feature, a person's before an automatic one; None if it has none, and no note."""
         found = self._select("WHERE f.feature = ?", (feature,))
         return found[0] if found else None
 
@@ -202,7 +202,7 @@ class Labels:
 
     @staticmethod
     def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-        """Readers and a writer at once. Where the file system cannot do it, SQLite's ordinary journal serves."""
+        """Readers and a writer at once; where the file system cannot do it, the ordinary journal serves."""
         with suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode = WAL").fetchone()
 

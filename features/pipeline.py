@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 
 from activations.blocks import TokenBlocks
 from activations.corpus import Corpus, Split

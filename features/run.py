@@ -1,4 +1,4 @@
-"""A run in the hand: everything in a run folder behind one object, each part loaded when it is first asked for."""
+"""A run in the hand: everything in a run folder behind one object, each part loaded on first use."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -42,7 +42,9 @@ def open_run(path: str | Path, *, device: str | None = None) -> "Run":
 
 
 class Run:
-    """A trained SAE with its model, index, labels and metrics. Made by :func:`open_run`; threads may share it.
+    """A trained SAE with its model, index, labels and metrics.
+
+    Made by :func:`open_run`; threads may share it.
 
     Attributes:
         folder: where its files lie.
@@ -119,8 +121,10 @@ class Run:
 
     @property
     def residual_norm(self) -> float:
-        """Mean norm of the activation vectors at the hook, excluded positions left out: strength 1 in the unit
-        "residual". Measured once on the first blocks of the index."""
+        """Mean norm of the activation vectors at the hook: strength 1 in the unit "residual".
+
+        Measured once, on the first blocks of the index, excluded positions left out.
+        """
         return self._once("residual_norm", self._measure_norm)
 
     def feature(self, index: int) -> "Feature":
@@ -164,8 +168,8 @@ class Run:
                 activation to twice its maximum in the index.
 
         Raises:
-            InputError: as for :func:`features.steering.edit_features`; at the end of the block, the hook never
-                fired although the model ran.
+            InputError: as for :func:`features.steering.edit_features`; at the end of the block, the hook
+                never fired although the model ran.
         """
         return self.model.edited(self.edit(strengths, method=method, unit=unit))
 
@@ -196,8 +200,8 @@ class Run:
         expected = self._sae_metadata().get("model_hash")
         if expected is not None and model.hash != expected:
             raise InputError(
-                f"The weights of {self.config.model} are not those that the SAE in {self.folder.path} was trained on:"
-                " open the run with the model it was made with."
+                f"The weights of {self.config.model} are not those that the SAE in {self.folder.path} was"
+                " trained on: open the run with the model it was made with."
             )
         return model
 

@@ -1,7 +1,7 @@
 """How well does a label predict when its feature fires? Measured on documents nobody made labels from.
 
-A label here is a predicate over the tokens around a position. For each feature, over all positions of the score
-split that the SAE's exclusion keeps::
+A label here is a predicate over the tokens around a position. For each feature, over all positions of the
+score split that the SAE's exclusion keeps::
 
     precision = share of the predicate's positions on which the feature fires
     recall    = share of the feature's firings on which the predicate holds
@@ -25,7 +25,7 @@ from sae.model import SparseAutoencoder
 
 Place = Literal["current", "previous", "next", "pair"]
 NO_KEY = -1
-"""The key of a position that has none: there is nothing before the first token of a block, or after its last."""
+"""The key of a position that has none: nothing is before the first token of a block, or after its last."""
 
 
 def position_keys(ids: np.ndarray, place: Place, vocab_size: int) -> np.ndarray:
@@ -58,8 +58,8 @@ class Predicates:
 
     Attributes:
         place: what the predicates look at, see :func:`position_keys`.
-        features, keys: int64 ``[m]``, the sets as (feature, key) pairs, no pair twice; a feature without pairs
-            has a predicate that never holds.
+        features, keys: int64 ``[m]``, the sets as (feature, key) pairs, no pair twice; a feature without
+            pairs has a predicate that never holds.
     """
 
     place: Place
@@ -130,8 +130,8 @@ def count_predictions(
 class _Counter:
     """Counts for one :class:`Predicates`.
 
-    Keys are renumbered 0 … n − 1 among those that any feature's predicate names, and the pairs become the sorted
-    numbers ``feature · n + key``, so that "is this firing predicted?" is one binary search.
+    Keys are renumbered 0 … n − 1 among those that any feature's predicate names, and the pairs become the
+    sorted numbers ``feature · n + key``, so that "is this firing predicted?" is one binary search.
     """
 
     def __init__(self, predicates: Predicates, ids: np.ndarray, d_sae: int, vocab_size: int) -> None:
@@ -153,7 +153,7 @@ class _Counter:
         self.hits += np.bincount(feature[predicted], minlength=self.d_sae)
 
     def predicted(self) -> np.ndarray:
-        """Positions where each feature's predicate holds, ``[d_sae]``: the keys of a feature exclude each other."""
+        """Positions where each feature's predicate holds, ``[d_sae]``; its keys exclude each other."""
         out = np.zeros(self.d_sae, dtype=np.int64)
         np.add.at(out, self.features, self.positions_of_key[self.number])
         return out

@@ -1,14 +1,14 @@
 """Changing the model through its features: edits, and default and steered text side by side.
 
-Every edit replaces exactly one term of ``x = Σ a_i · W_dec[i] + b_dec + error`` per feature, so everything the
-SAE does not explain stays::
+Every edit replaces exactly one term of ``x = Σ a_i · W_dec[i] + b_dec + error`` per feature, so everything
+the SAE does not explain stays::
 
     add      x + s · W_dec[f]
     clamp    x + (target − a_f) · W_dec[f],   a_f from the SAE's own encoding of x
     ablate   x − a_f · W_dec[f],              which is clamp to 0
 
-Encoding the edited x again will in general give other features other activations too, and a concept may live on
-in the error or in neighbouring features: to ablate a feature is not to remove what it stands for.
+Encoding the edited x again will in general give other features other activations too, and a concept may live
+on in the error or in neighbouring features: to ablate a feature is not to remove what it stands for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,20 +64,20 @@ def edit_features(
 ) -> Edit:
     """One edit that steers several features of an SAE at once, at every position that the SAE was trained on.
 
-    All activations come from one encoding of the unedited x. Special tokens, padding (position −1) and positions
-    with a norm above the SAE's ``max_norm`` are left alone.
+    All activations come from one encoding of the unedited x. Special tokens, padding (position −1) and
+    positions with a norm above the SAE's ``max_norm`` are left alone.
 
     Args:
         strengths: feature → strength. Ablating takes 0, the strength it stands for.
         method: see the module.
-        unit: what strength 1 means: ``"max"`` the feature's maximum in the index, ``"activation"`` an activation
-            of 1, ``"residual"`` a vector as long as the mean activation vector at this hook.
+        unit: what strength 1 means: ``"max"`` the feature's maximum in the index, ``"activation"`` an
+            activation of 1, ``"residual"`` a vector as long as the mean activation vector at this hook.
         maxima: feature → its maximum in the index, for ``unit="max"``.
         residual_norm: mean norm of the activation vectors at this hook, for ``unit="residual"``.
 
     Raises:
-        InputError: an unknown feature, method or unit, a strength that is no number, or a unit whose size is not
-            known.
+        InputError: an unknown feature, method or unit, a strength that is no number, or a unit whose size is
+            not known.
     """
     targets = activation_targets(
         sae, strengths, method=method, unit=unit, maxima=maxima, residual_norm=residual_norm
@@ -136,8 +136,8 @@ def activation_targets(
             raise InputError(f"The strength of feature {feature} is {strength}; it must be a finite number.")
         if method == "ablate" and strength:
             raise InputError(
-                f"Ablating feature {feature} sets it to 0 and takes no strength, but {strength} was given: leave it"
-                " at 0, or clamp."
+                f"Ablating feature {feature} sets it to 0 and takes no strength, but {strength} was given:"
+                " leave it at 0, or clamp."
             )
         targets[int(feature)] = (
             strength * _size(sae, feature, unit, maxima, residual_norm) if strength else 0.0
@@ -163,13 +163,13 @@ def _size(
         return residual_norm / max(float(sae.W_dec[feature].norm()), 1e-12)
     if maxima is None or feature not in maxima:
         raise InputError(
-            f'Strength in the unit "max" needs the maximum of feature {feature} in the index: give it, or use the'
-            ' unit "activation".'
+            f'Strength in the unit "max" needs the maximum of feature {feature} in the index: give it, or use'
+            ' the unit "activation".'
         )
     if not maxima[feature]:
         raise InputError(
-            f"Feature {feature} never fired in the index, so that it has no maximum to measure strength by: use the"
-            ' unit "activation" or "residual".'
+            f"Feature {feature} never fired in the index, so that it has no maximum to measure strength by:"
+            ' use the unit "activation" or "residual".'
         )
     return float(maxima[feature])
 
@@ -185,7 +185,7 @@ class _Steering:
         self.clamped = clamped
 
     def apply(self, x: Tensor, positions: Tensor, amounts: Tensor) -> Tensor:
-        """``x [batch, pos, d_in]`` with ``amounts [batch, m]`` of the m features (nan: leave this one alone)."""
+        """``x [batch, pos, d_in]`` with ``amounts [batch, m]`` of the m features; nan leaves one alone."""
         if self.sae.device != x.device:
             self.sae = self.sae.to(x.device)
         kept = (positions >= 0) & (x.float().norm(dim=-1) <= self.max_norm)
@@ -193,7 +193,7 @@ class _Steering:
         directions = self.sae.W_dec[self.features.to(x.device)]
         # Half precision is edited in the SAE's own, and float64 stays float64.
         dtype = torch.promote_types(x.dtype, directions.dtype)
-        change = amounts.to(x.device, dtype)[kept.nonzero()[:, 0]]
+        change = amounts.to(dtype).to(x.device)[kept.nonzero()[:, 0]]
         if self.clamped:
             change = change - self._activations(rows).to(dtype)
         edited = x.clone()
@@ -201,7 +201,7 @@ class _Steering:
         return edited
 
     def _activations(self, rows: Tensor) -> Tensor:
-        """Activations ``[n, m]`` of the m features (a TopK feature fires by comparison with all the others)."""
+        """Activations ``[n, m]`` of the m features, from a whole encoding: TopK compares them all."""
         token, feature, value = self.sae.encode(rows).entries()
         slot_of_feature = torch.full((self.sae.d_sae,), -1, dtype=torch.int64, device=rows.device)
         slot_of_feature[self.features.to(rows.device)] = torch.arange(len(self.features), device=rows.device)
@@ -235,7 +235,8 @@ def steer(
     """Continue a prompt without and with ``edits``, from the same seed.
 
     Raises:
-        InputError: sampling settings out of range, a prompt that is too long, or an edit whose hook never fires.
+        InputError: sampling settings out of range, a prompt that is too long, or an edit whose hook never
+            fires.
     """
 
     def write() -> str:
@@ -271,9 +272,9 @@ def output_scores(
     """Which features will steer? How far adding one raises, in one pass, the tokens that it promotes.
 
     The output score of Arad, Mueller and Belinkov (2025, 2505.20063): add the feature to a neutral prompt and
-    look, among its :data:`LENS_TOKENS` first tokens by the logit lens, for the most probable next token; the score
-    is ``(1 − rank / d_vocab) · probability``. We subtract what it is without the feature, and average over
-    several prompts.
+    look, among its :data:`LENS_TOKENS` first tokens by the logit lens, for the most probable next token; the
+    score is ``(1 − rank / d_vocab) · probability``. We subtract what it is without the feature, and average
+    over several prompts.
 
     Args:
         features: whom to score; they must have fired in the index.
@@ -288,8 +289,8 @@ def output_scores(
     """
     if not all(index.promoted(feature) for feature in features):
         raise InputError(
-            f"Output scores need the logit lens, and the index has none: {sae.hook_name} does not write into the"
-            " residual stream of a model whose final normalisation is known."
+            f"Output scores need the logit lens, and the index has none: {sae.hook_name} does not write into"
+            " the residual stream of a model whose final normalisation is known."
         )
     if prompts is None:
         prompts = neutral_prompts(index)
@@ -310,7 +311,7 @@ def output_scores(
             logits = model.logits(prompts.repeat(len(chosen), 1))[:, -1]
         after = logits.float().softmax(-1).view(len(chosen), n_prompts, -1)
         gain = _weighted_by_rank(after, tokens) - _weighted_by_rank(before.expand_as(after), tokens)
-        scores.append(gain.double().mean(dim=1).cpu())
+        scores.append(gain.mean(dim=1).cpu().double())
     return torch.cat(scores)
 
 
@@ -322,7 +323,7 @@ def neutral_prompts(index: "FeatureIndex") -> Tensor:
 
 
 def _weighted_by_rank(probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """``(1 − rank / d_vocab) · probability`` of the most probable of a feature's tokens, ``[features, prompts]``.
+    """``(1 − rank / d_vocab) · probability`` of a feature's most probable token, ``[features, prompts]``.
 
     Args:
         probabilities: ``[features, prompts, d_vocab]``. tokens: ids ``[features, m]``.

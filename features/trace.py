@@ -21,7 +21,7 @@ class Trace:
     Attributes:
         tokens: the text of each of the n tokens; joined, they are the text.
         ids: their ids.
-        codes: the firing features of each token, n rows on the CPU; none at positions the SAE was not trained on.
+        codes: the firing features of each token, n rows on the CPU; none at excluded positions.
     """
 
     tokens: list[str]
@@ -44,8 +44,8 @@ class Trace:
 
         Args:
             n: at most so many.
-            maxima: ``[d_sae]``; if given, activations are compared as shares of the feature's maximum, so that
-                features with large activations by nature do not come first everywhere.
+            maxima: ``[d_sae]``; if given, activations are compared as shares of the feature's maximum, so
+                that features with large activations by nature do not come first everywhere.
 
         Returns:
             (feature, its largest activation, the position of that), strongest first.
@@ -69,8 +69,8 @@ class Trace:
 def trace_text(model: LanguageModel, sae: SparseAutoencoder, text: str) -> Trace:
     """Which features fire where in ``text``.
 
-    A text longer than the SAE's context is read in consecutive windows, which do not see each other. Where the
-    SAE was trained behind BOS, every window is read behind BOS, which is no part of the trace.
+    A text longer than the SAE's context is read in consecutive windows, which do not see each other. Where
+    the SAE was trained behind BOS, every window is read behind BOS, which is no part of the trace.
 
     Raises:
         InputError: the text is empty.
@@ -93,7 +93,7 @@ def trace_text(model: LanguageModel, sae: SparseAutoencoder, text: str) -> Trace
 
 
 def encode_kept(sae: SparseAutoencoder, x: Tensor, kept: Tensor) -> SparseCodes:
-    """Codes of ``x [n, d_in]`` on the CPU, ragged, with no firing features in rows that are not ``kept [n]``."""
+    """Codes of ``x [n, d_in]``, ragged, on the CPU; nothing fires in rows that are not ``kept [n]``."""
     codes = sae.encode(x[kept].to(sae.device))
     counts = torch.zeros(len(x), dtype=torch.int64)
     counts[kept.cpu()] = codes.pattern.counts.cpu()
@@ -104,7 +104,7 @@ def encode_kept(sae: SparseAutoencoder, x: Tensor, kept: Tensor) -> SparseCodes:
 
 
 def mean_norm(model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks) -> float:
-    """Mean Euclidean norm of the activations at the SAE's hook over ``blocks``, excluded positions left out."""
+    """Mean norm of the activations at the SAE's hook over ``blocks``, excluded positions left out."""
     exclusion = sae.exclusion(model.tokenizer)
     total, n = 0.0, 0
     for start, activations in capture_blocks(model, blocks, [sae.hook_name]):

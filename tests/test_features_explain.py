@@ -68,7 +68,9 @@ def sae(model: LanguageModel) -> SparseAutoencoder:
 
 
 @pytest.fixture(scope="module")
-def index(model: LanguageModel, sae: SparseAutoencoder, tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
+def index(
+    model: LanguageModel, sae: SparseAutoencoder, tmp_path_factory: pytest.TempPathFactory
+) -> FeatureIndex:
     return build_index(model, sae, text(seed=1), tmp_path_factory.mktemp("index") / "train")
 
 
@@ -91,7 +93,9 @@ def test_keys_say_what_stands_around_a_position() -> None:
     assert position_keys(ids, "pair", 100).tolist() == [NO_KEY, 506, 607, NO_KEY, 809, 909]
 
 
-def test_counts_equal_looking_at_every_position_and_feature(model: LanguageModel, sae: SparseAutoencoder) -> None:
+def test_counts_equal_looking_at_every_position_and_feature(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
     blocks = text(seed=2)
     rng = np.random.default_rng(0)
     tokens = [A, B, C, 40, 41]

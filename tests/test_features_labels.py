@@ -64,7 +64,16 @@ def test_inputs_say_what_the_automatic_labels_were_made_from(labels: Labels) -> 
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("SELF", [3]), ("‹", [3, 5]), ("%", [7]), ("_", [7]), ("straße", [8]), ("note", [8]), ("zzz", []), ("", [3, 5, 7, 8])],
+    [
+        ("SELF", [3]),
+        ("‹", [3, 5]),
+        ("%", [7]),
+        ("_", [7]),
+        ("straße", [8]),
+        ("note", [8]),
+        ("zzz", []),
+        ("", [3, 5, 7, 8]),
+    ],
 )
 def test_search_finds_substrings_literally_in_any_case(labels: Labels, text: str, found: list[int]) -> None:
     labels.set(7, "100 %_d")
@@ -135,7 +144,8 @@ def test_a_newer_file_is_refused(labels: Labels) -> None:
     with pytest.raises(InputError) as caught:
         Labels.open(labels.path)
     assert str(caught.value) == (
-        f"{labels.path} was written in format 99, and this saescope reads up to format 1: install a newer saescope."
+        f"{labels.path} was written in format 99, and this saescope reads up to format 1: install a newer"
+        " saescope."
     )
 
 

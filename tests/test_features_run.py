@@ -121,7 +121,10 @@ def test_the_index_opens_without_torch(folder: Path) -> None:
         "r.feature(3).label; r.index.density; sys.exit('torch' in sys.modules)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-c", code, str(folder)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -177,9 +180,7 @@ def test_a_demonstration_can_be_done_again(run: Run) -> None:
     index = run.index
     shown = choose_demonstration(run.model, run.sae, index, prompt="def", max_new_tokens=6)
     edit = edit_for(run.sae, shown.feature, shown.strength, maximum=float(index.max[shown.feature]))
-    again = steer(
-        run.model, [edit], "def", seed=shown.seed, max_new_tokens=6, temperature=shown.temperature
-    )
+    again = steer(run.model, [edit], "def", seed=shown.seed, max_new_tokens=6, temperature=shown.temperature)
     assert (again.default, again.steered) == (shown.default, shown.steered)
     assert shown.own_tokens == own_tokens(index, shown.feature)
     assert shown.steered_share == promoted_share(run.model, shown.steered, shown.own_tokens)
@@ -202,7 +203,10 @@ def refusal(action: object) -> str:
 def test_bad_requests_are_one_sentence_each(run: Run, tmp_path: Path) -> None:
     assert refusal(lambda: open_run(tmp_path)) == f"{tmp_path} is not a run: it has no run.toml."
     assert refusal(lambda: run.feature(40)) == "There is no feature 40: tiny has the features 0 to 39."
-    assert refusal(lambda: run.steered({40: 1.0})) == "There is no feature 40: this SAE has the features 0 to 39."
+    assert (
+        refusal(lambda: run.steered({40: 1.0}))
+        == "There is no feature 40: this SAE has the features 0 to 39."
+    )
     assert refusal(lambda: run.trace("")) == "The text is empty: give at least one character."
 
 
@@ -212,7 +216,8 @@ def test_another_models_weights_are_refused(folder: Path, tmp_path: Path) -> Non
     run = open_run(folder)
     run.config = replace(run.config, model=str(tmp_path / "other"))
     assert refusal(lambda: run.model) == (
-        f"The weights of {tmp_path / 'other'} are not those that the SAE in {folder} was trained on: open the run with"
+        f"The weights of {tmp_path / 'other'} are not those that the SAE in {folder} was trained on: open"
+        " the run with"
         " the model it was made with."
     )
 

@@ -28,7 +28,9 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def random_sae(architecture: str = "topk", dtype: torch.dtype = torch.float64, **metadata: object) -> SparseAutoencoder:
+def random_sae(
+    architecture: str = "topk", dtype: torch.dtype = torch.float64, **metadata: object
+) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -40,7 +42,9 @@ def random_sae(architecture: str = "topk", dtype: torch.dtype = torch.float64, *
 
 
 def random_x(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*POSITIONS.shape, D_IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *POSITIONS.shape, D_IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).to(dtype)
 
 
 def activations(sae: SparseAutoencoder, x: Tensor) -> Tensor:
@@ -142,7 +146,10 @@ def refused(**changes: object) -> str:
 def test_bad_settings_are_one_sentence_each() -> None:
     assert refused(feature=48) == "There is no feature 48: this SAE has the features 0 to 47."
     assert refused(method="push") == "There is no steering method 'push': it is one of add, clamp, ablate."
-    assert refused(unit="volts") == "There is no unit 'volts' of strength: it is one of max, activation, residual."
+    assert (
+        refused(unit="volts")
+        == "There is no unit 'volts' of strength: it is one of max, activation, residual."
+    )
     assert refused(strength=float("nan")) == "The strength of feature 3 is nan; it must be a finite number."
     assert refused(method="ablate") == (
         "Ablating feature 3 sets it to 0 and takes no strength, but 1.0 was given: leave it at 0, or clamp."

@@ -77,6 +77,7 @@ def measure_loss(model: LanguageModel, blocks: TokenBlocks) -> ModelLoss:
 
 
 def main() -> None:
+    """Measure the bundled model and print the figures of its card."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -167,6 +167,7 @@ def make_model(corpus: Corpus, config: TrainingConfig, out: Path, device: str) -
 
 
 def main() -> None:
+    """Train a model from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

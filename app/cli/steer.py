@@ -9,6 +9,8 @@ from tyro.conf import Positional
 
 from app.cli.arguments import parse
 
+DEFAULT_STRENGTH = {"clamp": 2.0, "add": 2.0, "ablate": 0.0}
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -20,8 +22,8 @@ class Arguments:
     """The feature's number."""
     prompt: Positional[str]
     """The text to continue."""
-    strength: float = 2.0
-    """How far to turn it: 1 is the largest activation seen in the index; below 0 suppresses."""
+    strength: float | None = None
+    """How far to turn it, 2 by default: 1 is the largest activation seen in the index; below 0 suppresses."""
     method: Literal["clamp", "add", "ablate"] = "clamp"
     """clamp: set the activation; add: add the feature's direction; ablate: set the activation to 0."""
     unit: Literal["max", "activation", "residual"] = "max"
@@ -42,7 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     from features.steering import steer
 
     run = open_run(given.run)
-    edit = run.edit({given.feature: given.strength}, method=given.method, unit=given.unit)
+    strength = given.strength if given.strength is not None else DEFAULT_STRENGTH[given.method]
+    edit = run.edit({given.feature: strength}, method=given.method, unit=given.unit)
     pair = steer(
         run.model,
         [edit],
@@ -53,5 +56,5 @@ def main(arguments: Sequence[str]) -> None:
     )
     label = run.labels.get(given.feature)
     name = f"feature {given.feature}" + (f" ({label.text})" if label else "")
-    what = "ablated" if given.method == "ablate" else f"{given.method} {given.strength:g} × {given.unit}"
+    what = "ablated" if given.method == "ablate" else f"{given.method} {strength:g} × {given.unit}"
     text_pair("default", given.prompt + pair.default, f"steered: {name}, {what}", given.prompt + pair.steered)

@@ -22,7 +22,7 @@ def main() -> None:
     """One run of the script: the page that the address names."""
     # A named Material icon would be fetched from the network.
     st.set_page_config(page_title=f"SAEscope · {Path(sys.argv[1]).name}", page_icon=_FOLDER / "icon.svg", layout="wide")
-    st.logo(_FOLDER / "logo.svg", icon_image=_FOLDER / "icon.svg", size="large")
+    st.logo(_FOLDER / "logo.svg", size="large")
     page = st.navigation(
         [
             st.Page(page_overview.show, title="Overview", icon=":material/scatter_plot:", url_path="overview", default=True),

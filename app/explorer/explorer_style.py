@@ -19,6 +19,8 @@ STYLE_SHEET = """
 .stHtml .faint { color: color-mix(in srgb, currentColor 62%, transparent); }
 .stHtml .small { font-size: .86rem; }
 .stHtml .hint { color: color-mix(in srgb, currentColor 62%, transparent); font-size: .86rem; line-height: 1.45; }
+.stHtml h3.part + .hint { margin-bottom: .35rem; }
+.stTextArea textarea { font-family: "Source Code Pro", ui-monospace, monospace; font-size: .86rem; line-height: 1.5; }
 .stHtml .big { font-size: 1.22rem; font-weight: 600; line-height: 1.35; }
 .stHtml h1.page { font-size: 1.75rem; font-weight: 650; padding: 0; margin: 0; letter-spacing: -.01em; }
 .stHtml h3.part { font-size: 1.02rem; font-weight: 640; padding: 0; margin: .35rem 0 .1rem; }
@@ -48,7 +50,8 @@ STYLE_SHEET = """
   unicode-bidi: isolate; cursor: default; }
 .stHtml a.go.t { color: inherit; background: rgb(var(--heat) / calc(var(--a, 0) * .82)); cursor: pointer; }
 .stHtml a.go.t:hover { text-decoration: none; box-shadow: 0 0 0 1.5px rgb(var(--heat) / .8); }
-.stHtml .chosen { font-weight: 650; }
+.stHtml a.go.quiet { color: inherit; }
+.stHtml .chosen { font-weight: 650; border-bottom: 2px solid rgb(var(--heat) / .8); }
 .stHtml .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem; }
 .stHtml a.go.button { display: inline-block; border: 1px solid color-mix(in srgb, currentColor 35%, transparent);
   border-radius: 10px; padding: .38rem .8rem; font-weight: 500; }

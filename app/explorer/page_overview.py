@@ -157,9 +157,8 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             found.add(int(wanted))
         features = np.array([feature for feature in features if feature in found], dtype=np.int64)
     else:
-        # Scored labels first, so that the first screen shows features that mean something.
-        scores = np.array([_score(labels.get(int(feature))) for feature in features])
-        features = features[np.argsort(-scores, kind="stable")]
+        # Well-tested labels first, so that the first screen shows features that mean something.
+        features = np.array(sorted(features.tolist(), key=lambda feature: _worth(labels.get(feature))), dtype=np.int64)
     what = f"{len(features):,} of {index.d_sae:,} features"
     st.html(f'<p class="hint">{what}{" in the frame above" if chosen is not None else ""}</p>')
     if not len(features):
@@ -197,5 +196,6 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
         go(feature_address(int(features[row])))
 
 
-def _score(label: Label | None) -> float:
-    return -1.0 if label is None or label.f1 is None else label.f1
+def _worth(label: Label | None) -> tuple[float, int]:
+    """Sorts by label score, then by the number of cases that it rests on, largest first."""
+    return (0.0, 0) if label is None or label.f1 is None else (-label.f1, -(label.n or 0))

@@ -132,7 +132,7 @@ def _feature_rows(run: Run, found: list[tuple[int, float]], shown: int | None) -
         rows.append(
             [
                 f'<span class="ellipsis">{link(feature_address(feature), str(feature), title="open this feature")}'
-                f" {pick({'feature': feature}, label, title='colour the text by this feature')}</span>",
+                f" {pick({'feature': feature}, label, title='colour the text by this feature', classes='quiet')}</span>",
                 f"{number(activation)}",
                 bar(share, f"{share:.0%}"),
             ]
