@@ -92,7 +92,7 @@ def in_order(
         return
 
     n_workers = n_workers or torch.get_num_threads()
-    with _single_threaded_workers(n_workers) as pool:
+    with single_threaded_workers(n_workers) as pool:
         pending: deque[Future[R]] = deque()
         remaining = iter(items)
 
@@ -121,7 +121,7 @@ def kept_positions(blocks: TokenBlocks, start: int, stop: int, x: Tensor, exclus
     return kept if mask is None else kept & mask.bool().to(kept.device)
 
 
-def _single_threaded_workers(n_workers: int) -> ThreadPoolExecutor:
+def single_threaded_workers(n_workers: int) -> ThreadPoolExecutor:
     """Threads in each of which PyTorch computes on one thread; the caller keeps its own setting."""
     setting = torch.get_num_threads()
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="capture")

@@ -50,7 +50,9 @@ def launch(run_folder: str | Path, port: int | None = None, browser: bool = True
         except KeyboardInterrupt:
             print("\nExplorer closed.")
             return
-    raise InputError(f"The explorer ended by itself, with exit status {process.returncode}; its last words are above.")
+    raise InputError(
+        f"The explorer ended by itself, with exit status {process.returncode}; its last words are above."
+    )
 
 
 def check_explorable(folder: Path) -> None:
@@ -122,7 +124,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise InputError(f"Streamlit ended at its start, with exit status {process.returncode}; see above.")
+            raise InputError(
+                f"Streamlit ended at its start, with exit status {process.returncode}; see above."
+            )
         if _answers(port):
             return
         time.sleep(0.1)

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 STRENGTHS = (0.75, 1.0, 1.5)
 """In units of the feature's maximum; clamped much higher, a small model repeats one token."""
 FINALISTS = 8
-SEEDS = 3
+SEEDS = 6
+SHOWN_SEEDS = 5
 MIN_DISTINCT = 0.75
 """Of the variety of unsteered text (:func:`distinct_share`): below, the text has begun to repeat itself."""
+MAX_DEFAULT_SHARE = 0.1
+"""Of the feature's own tokens in unsteered text."""
 _CANDIDATES = 256
 _RAREST, _DENSEST = 5e-4, 0.02  # share of tokens on which a candidate fires, if there are any such
 
@@ -134,29 +137,38 @@ def choose_demonstration(
     variety = np.array([[distinct_share(model, text) for text in texts] for texts in (default, steered)])
     varied = variety[1].reshape(len(settings), SEEDS).mean(axis=1) >= MIN_DISTINCT * variety[0].mean()
     gains = shares[:, :, 1] - shares[:, :, 0]
-    # Gains lie between −1 and 1: texts that repeat themselves win only where all of them do.
-    winner = int((gains.mean(axis=1) + 2 * varied).argmax())
+    # A feature whose tokens stand everywhere shows nothing. Gains lie between −1 and 1, so settings that are not
+    # usable win only where none is; the median seed, so that one lucky text does not choose.
+    telling = shares[:, :, 0].mean(axis=1) <= MAX_DEFAULT_SHARE
+    winner = int((np.median(gains, axis=1) + 2 * varied + 2 * telling).argmax())
     feature, strength = settings[winner]
-    shown = int(np.argsort(gains[winner], kind="stable")[SEEDS // 2])
-    row_seed = seed + winner * SEEDS + shown  # a batch draws its row i from seed + i
+    # Written again one by one: in a batch sums are rounded otherwise, and sampling takes other turns.
     edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
-    pair = steer(model, [edit], prompt, seed=row_seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    seeds = range(seed, seed + SHOWN_SEEDS)
+    pairs = [
+        steer(model, [edit], prompt, seed=s, max_new_tokens=max_new_tokens, temperature=temperature) for s in seeds
+    ]
+    final = np.array(
+        [[promoted_share(model, text, own[feature]) for text in (pair.default, pair.steered)] for pair in pairs]
+    )
+    shown = int(np.argsort(final[:, 1] - final[:, 0], kind="stable")[SHOWN_SEEDS // 2])
+    pair = pairs[shown]
     return Demonstration(
         feature=feature,
         strength=strength,
         method=method,
         prompt=prompt,
-        seed=row_seed,
+        seed=seed + shown,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         output_score=score_of[feature],
         default=pair.default,
         steered=pair.steered,
-        default_share=promoted_share(model, pair.default, own[feature]),
-        steered_share=promoted_share(model, pair.steered, own[feature]),
-        mean_default_share=float(shares[winner, :, 0].mean()),
-        mean_steered_share=float(shares[winner, :, 1].mean()),
-        n_seeds=SEEDS,
+        default_share=float(final[shown, 0]),
+        steered_share=float(final[shown, 1]),
+        mean_default_share=float(final[:, 0].mean()),
+        mean_steered_share=float(final[:, 1].mean()),
+        n_seeds=SHOWN_SEEDS,
         own_tokens=own[feature],
     )
 

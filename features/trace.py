@@ -53,7 +53,7 @@ class Trace:
         rows, features, values = self.codes.entries()
         weights = values.double()
         if maxima is not None:
-            weights = weights / torch.as_tensor(np.asarray(maxima), dtype=torch.float64)[features].clamp_min(
+            weights = weights / torch.from_numpy(np.array(maxima, dtype=np.float64))[features].clamp_min(
                 1e-12
             )
         order = weights.argsort(descending=True, stable=True)

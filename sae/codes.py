@@ -44,7 +44,9 @@ class Pattern:
     def rows(self) -> Tensor:
         """The row of every entry in row-major order, int64 ``[nnz]``."""
         return torch.repeat_interleave(
-            torch.arange(self.n_rows, device=self.indices.device), self.counts, output_size=self.indices.numel()
+            torch.arange(self.n_rows, device=self.indices.device),
+            self.counts,
+            output_size=self.indices.numel(),
         )
 
     def slice(self, start: int, stop: int) -> tuple["Pattern", slice]:
@@ -138,7 +140,9 @@ class SparseCodes:
             return cls(Pattern(first.d_sae, indices), torch.cat([part.values for part in parts]))
         offsets = _offsets(torch.cat([p.counts for p in patterns]))
         indices = torch.cat([p.indices.flatten() for p in patterns])
-        return cls(Pattern(first.d_sae, indices, offsets), torch.cat([part.values.flatten() for part in parts]))
+        return cls(
+            Pattern(first.d_sae, indices, offsets), torch.cat([part.values.flatten() for part in parts])
+        )
 
     @property
     def d_sae(self) -> int:

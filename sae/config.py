@@ -75,13 +75,15 @@ class TrainConfig:
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise InputError(f"learning_rate is {self.learning_rate}, and must be above 0.")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise InputError("warmup and decay are fractions of the run: neither may be negative, nor their sum above 1.")
+            raise InputError(
+                "warmup and decay are fractions of the run: neither may be negative, nor their sum above 1."
+            )
 
     def resolved_batch_tokens(self) -> int:
-        """``batch_tokens``, or about 500 steps' worth: a power of two from 64 to 4,096."""
+        """``batch_tokens``, or about 1,000 steps' worth: a power of two from 64 to 4,096."""
         if self.batch_tokens is not None:
             return min(self.batch_tokens, self.tokens)
-        ideal = round(math.log2(max(self.tokens / 500, 1)))
+        ideal = round(math.log2(max(self.tokens / 1000, 1)))
         return min(2 ** min(max(ideal, 6), 12), self.tokens)
 
     def n_steps(self) -> int:
@@ -89,12 +91,12 @@ class TrainConfig:
         return self.tokens // self.resolved_batch_tokens()
 
     def resolved_learning_rate(self) -> float:
-        """``learning_rate``, or a power law in the number of steps, at most 8e-3.
+        """``learning_rate``, or a power law in the number of steps, at most 6e-3.
 
-        The law ``8e-3 · (500 / steps)^0.5`` passes through what we measured on the bundled model (best near 8e-3
-        for 490 steps of 4,096 tokens, README) and SAEBench's recipe (3e-4 for 244,000 steps of 2,048, 2503.09532).
-        The usual 2e-4/√(d_sae / 2¹⁴) is made for runs a hundred times longer.
+        The law ``6e-3 · (1000 / steps)^0.5`` passes through what we measured on the bundled model (README) and,
+        within a third, SAEBench's recipe (3e-4 for 244,000 steps of 2,048 tokens, 2503.09532). The usual
+        2e-4/√(d_sae / 2¹⁴) is made for runs a hundred times longer, and starves a short one.
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        return 8e-3 * min(1.0, math.sqrt(500 / max(self.n_steps(), 1)))
+        return 6e-3 * min(1.0, math.sqrt(1000 / max(self.n_steps(), 1)))

@@ -16,7 +16,14 @@ from sae.sparse import tile_rows
 class _DenseReLULoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, encoder_rows: Tensor, b_enc: Tensor, decoder: Tensor, b_dec: Tensor, x: Tensor, l1: float, fired: Tensor
+        ctx: Any,
+        encoder_rows: Tensor,
+        b_enc: Tensor,
+        decoder: Tensor,
+        b_dec: Tensor,
+        x: Tensor,
+        l1: float,
+        fired: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = len(x)
         norms = decoder.norm(dim=1)

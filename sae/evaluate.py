@@ -154,12 +154,12 @@ class Evaluation:
             row("CE with the mean", "ce_mean"),
             row("CE with zero", "ce_zero"),
             row("CE loss recovered", "ce_loss_recovered", "ce_loss_recovered"),
-            row_at_replaced("CE loss recovered, at replaced positions", "ce_loss_recovered"),
-            row("CE loss recovered, against the mean", "ce_loss_recovered_mean", "ce_loss_recovered_mean"),
+            row_at_replaced("… at replaced positions", "ce_loss_recovered"),
+            row("… against the mean", "ce_loss_recovered_mean", "ce_loss_recovered_mean"),
             row("KL", "kl", "kl"),
-            row_at_replaced("KL, at replaced positions", "kl"),
-            Row("alive features, on this split", self.alive_fraction),
-            Row("dead features, in training", self.dead_fraction),
+            row_at_replaced("… at replaced positions", "kl"),
+            Row("alive on this split", self.alive_fraction),
+            Row("dead in training", self.dead_fraction),
         ]
 
 

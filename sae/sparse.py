@@ -9,20 +9,25 @@ transpose of its usual form, so that a feature's encoder and decoder are both co
 """
 
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from activations.capture import single_threaded_workers
 from sae.codes import Pattern, SparseCodes
 
-_TILE_ROWS = 512  # enough for the product to run at its full rate: every tile packs the weights once more
+_TILE_ROWS = 256  # the product then runs at nearly its full rate (every tile packs the weights once more)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
 _RUNS = 4
 
 _workspace = threading.local()
+
+T = TypeVar("T")
 
 
 def tile_rows(d_sae: int, itemsize: int = 4) -> int:
@@ -42,35 +47,51 @@ def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return buffers[key][:size].view(shape)
 
 
-def pre_activation_tiles(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """``centred · W_enc + b_enc``, some rows at a time; no gradient.
+def map_tiles(
+    work: Callable[[Tensor], T], centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor
+) -> list[T]:
+    """``work`` on the pre-activations ``centred · W_enc + b_enc``, tile of rows by tile of rows; no gradient.
 
-    In a long batch the bias is the weight of one more input that is always 1: adding it to the product would read
-    and write every pre-activation once more, at a tenth of the product's cost.
+    On a CPU the tiles are shared out among Python threads that compute on one thread each: no operator waits for
+    the slowest of several threads, which on a busy machine costs more than the work itself. And in a long batch
+    the bias is the weight of one more input that is always 1: adding it to the product would read and write every
+    pre-activation once more, at a tenth of the product's cost.
 
     Args:
+        work: takes a tile ``[rows, d_sae]``, valid during the call only.
         centred: ``[n, d_in]``, the input minus b_dec. encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``.
 
-    Yields:
-        the first row of a tile, and the tile ``[rows, d_sae]``, valid until the next one.
+    Returns:
+        the results in the order of the rows.
     """
     n, d_in = centred.shape
     d_sae = len(encoder_rows)
-    augmented = n > 2 * d_in
+    inputs, weights, bias = centred, encoder_rows.detach(), encoder_bias.detach()
+    on_cpu = centred.device.type == "cpu"
+    augmented = on_cpu and n > 2 * d_in
     if augmented:
-        weights = _buffer("weights", (d_sae, d_in + 1), centred)
         inputs = _buffer("inputs", (n, d_in + 1), centred)
-        weights[:, :d_in], weights[:, d_in] = encoder_rows, encoder_bias
         inputs[:, :d_in], inputs[:, d_in] = centred, 1
-    step = tile_rows(d_sae, centred.element_size())
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        tile = _buffer("tile", (stop - start, d_sae), centred)
+        weights = _buffer("weights", (d_sae, d_in + 1), centred)
+        weights[:, :d_in], weights[:, d_in] = encoder_rows.detach(), bias
+
+    @torch.no_grad()
+    def one(rows: Tensor) -> T:
+        tile = _buffer("tile", (len(rows), d_sae), centred)
         if augmented:
-            torch.mm(inputs[start:stop], weights.t(), out=tile)
+            torch.mm(rows, weights.t(), out=tile)
         else:
-            torch.addmm(encoder_bias, centred[start:stop], encoder_rows.t(), out=tile)
-        yield start, tile
+            torch.addmm(bias, rows, weights.t(), out=tile)
+        return work(tile)
+
+    tiles = inputs.split(tile_rows(d_sae, centred.element_size()))
+    n_workers = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
+    return list(map(one, tiles) if n_workers == 1 else _workers(n_workers).map(one, tiles))
+
+
+@cache
+def _workers(n: int) -> ThreadPoolExecutor:
+    return single_threaded_workers(n)
 
 
 def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -87,14 +108,13 @@ def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order.
     """
     rows, width = tile.shape
-    if tile.is_cuda or width % _RUNS or width < 4 * _RUNS * k:
+    if tile.device.type != "cpu" or width % _RUNS or width < 4 * _RUNS * k:
         return tile.topk(k, dim=1, sorted=False)
     quarter = width // _RUNS
     maxima = _buffer(f"maxima {quarter}", (rows, quarter), tile)
     torch.amax(tile.view(rows, _RUNS, quarter), dim=1, out=maxima)
     winners = topk_of_tile(maxima, k)[1]
-    starts = torch.arange(0, width, quarter, device=tile.device)
-    columns = (winners[:, None, :] + starts[:, None]).view(rows, _RUNS * k)
+    columns = torch.cat([winners + start for start in range(0, width, quarter)], dim=1)
     candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _RUNS * k), tile))
     values, positions = candidates.topk(k, dim=1, sorted=False)
     return values, columns.gather(1, positions)
@@ -113,12 +133,9 @@ def encode_topk(
     Returns:
         values ``[n, k]`` and int32 indices ``[n, k]``.
     """
-    n, d_sae = len(centred), len(encoder_rows)
-    values = centred.new_empty(n, k)
-    indices = torch.empty(n, k, dtype=torch.int32, device=centred.device)
-    for start, tile in pre_activation_tiles(centred, encoder_rows, encoder_bias):
-        stop = start + len(tile)
-        values[start:stop], indices[start:stop] = topk_of_tile(tile, k)
+    parts = map_tiles(lambda tile: topk_of_tile(tile, k), centred, encoder_rows, encoder_bias)
+    values = torch.cat([tile_values for tile_values, _ in parts])
+    indices = torch.cat([tile_indices.int() for _, tile_indices in parts])
     return (values.relu_() if relu else values), indices
 
 
@@ -127,7 +144,14 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, b_dec: Tensor, rows: Tensor, bias: Tensor, values: Tensor, centred: Tensor, pattern: Pattern, relu: bool
+        ctx: Any,
+        b_dec: Tensor,
+        rows: Tensor,
+        bias: Tensor,
+        values: Tensor,
+        centred: Tensor,
+        pattern: Pattern,
+        relu: bool,
     ) -> Tensor:
         ctx.save_for_backward(rows, values, centred)
         ctx.pattern, ctx.relu = pattern, relu
@@ -191,7 +215,8 @@ def gathered_dots(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
 def _gathered_dots_plain(left: Tensor, right: Tensor, pattern: Pattern, chunk: int = 65_536) -> Tensor:
     rows, features = pattern.rows(), pattern.indices.flatten()
     dots = [
-        (left[rows[i : i + chunk]] * right[features[i : i + chunk]]).sum(-1) for i in range(0, len(features), chunk)
+        (left[rows[i : i + chunk]] * right[features[i : i + chunk]]).sum(-1)
+        for i in range(0, len(features), chunk)
     ]
     return torch.cat(dots).view(pattern.indices.shape)
 
@@ -212,14 +237,15 @@ def topk_codes(
         centred = x - b_dec
         values, indices = encode_topk(centred, encoder_rows, encoder_bias, k, relu=relu)
     pattern = Pattern(len(encoder_rows), indices)
-    return SparseCodes(pattern, _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu))
+    return SparseCodes(
+        pattern, _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu)
+    )
 
 
 @torch.no_grad()
 def encode_relu(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> SparseCodes:
     """``relu(centred · W_enc + b_enc)`` as ragged codes, tile by tile; no gradient. Arguments as in encode_topk."""
-    tiles = pre_activation_tiles(centred, encoder_rows, encoder_bias)
-    parts = [SparseCodes.from_dense(tile.relu_()) for _, tile in tiles]
+    parts = map_tiles(lambda tile: SparseCodes.from_dense(tile.relu_()), centred, encoder_rows, encoder_bias)
     return SparseCodes.concatenate(parts)
 
 

@@ -1,6 +1,7 @@
 """The command ``sae``: one module per verb, loaded only when its verb is typed."""
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -28,6 +29,8 @@ def main() -> None:
 
     Exit status: 0; 2 after one sentence about bad input; 130 when interrupted.
     """
+    # Threads that wait for each other should sleep: on a machine shared with others, spinning halves the speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     stage(f"5/6  Labelling every feature, scored on {pipeline.sizes.score_tokens:,} held-out tokens")
     labels = pipeline.label(sae, index)
     stage("6/6  Steering")
-    print_demonstration(choose_demonstration(pipeline.model, sae, index), labels, given.out)
+    shown = choose_demonstration(pipeline.model, sae, index)
+    print_demonstration(shown, pipeline.model, labels, given.out)
     _tidy_up(pipeline, given.keep_activations)
     folder = given.out
     console.print(f"\nEverything is in {folder}/: sae/, evaluation.json, features/, labels.sqlite.", soft_wrap=True)

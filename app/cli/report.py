@@ -1,13 +1,18 @@
 """Results as a person reads them in the terminal."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from app.cli.terminal import console, table, text_pair
+from rich.text import Text
+
+from activations.models import LanguageModel
+from app.cli.terminal import console, print_text, table
 from features.demonstration import Demonstration
+from features.explain import visible
 from features.labels import Labels
 from sae.evaluate import Evaluation
 
-CONTROL_NAMES = {"principal_components": "principal components", "random_weights": "random weights"}
+CONTROL_NAMES = {"principal_components": "PCA", "random_weights": "random SAE"}
 
 
 def _figure(value: float | int | None) -> str:
@@ -29,14 +34,19 @@ def print_evaluation(evaluation: Evaluation) -> None:
     )
 
 
-def print_demonstration(shown: Demonstration, labels: Labels, folder: Path) -> None:
-    """One feature steered: both texts, and the share of the feature's own tokens in them."""
+def print_demonstration(shown: Demonstration, model: LanguageModel, labels: Labels, folder: Path) -> None:
+    """One feature steered: both texts with the feature's own tokens marked, and how large their share is."""
     label = labels.get(shown.feature)
-    name = f"feature {shown.feature}" + (f", {label.text}" if label else "")
-    console.print(f"  {name}; {shown.method} at {shown.strength:g} × its maximum", soft_wrap=True, markup=False)
-    text_pair("  default", shown.prompt + shown.default, "  steered", shown.prompt + shown.steered)
+    vocabulary = model.tokenizer.vocabulary()
+    own = " ".join(f"{visible(vocabulary[token])}" for token in shown.own_tokens)
+    console.print(f"  Feature {shown.feature}" + (f", {label.text}" if label else ""), soft_wrap=True, markup=False)
+    console.print(f"  Its own tokens: {own}", soft_wrap=True, markup=False)
+    strength = f"{shown.method} at {shown.strength:g} × its maximum"
+    for title, text in (("default", shown.default), (f"steered, {strength}", shown.steered)):
+        console.print(Text(f"  {title}", style="dim"))
+        print_text(_marked(model, shown.prompt, text, shown.own_tokens))
     console.print(
-        f"  Share of the feature's own tokens: {shown.default_share:.0%} → {shown.steered_share:.0%} in these texts,"
+        f"  Share of its own tokens: {shown.default_share:.0%} → {shown.steered_share:.0%} in these texts,"
         f" {shown.mean_default_share:.0%} → {shown.mean_steered_share:.0%} over {shown.n_seeds} seeds.",
         soft_wrap=True,
     )
@@ -47,3 +57,12 @@ def print_demonstration(shown: Demonstration, labels: Labels, folder: Path) -> N
         soft_wrap=True,
         markup=False,
     )
+
+
+def _marked(model: LanguageModel, prompt: str, text: str, own: Iterable[int]) -> Text:
+    """The text with the feature's own tokens in colour."""
+    ids = model.tokenizer.encode(text)
+    marked = Text(prompt)
+    for token, piece in zip(ids, model.tokenizer.pieces(ids), strict=True):
+        marked.append(piece, style="bold dark_orange" if token in set(own) else "")
+    return marked

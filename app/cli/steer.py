@@ -39,7 +39,9 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "steer", arguments)
-    from app.cli.terminal import text_pair
+    from rich.text import Text
+
+    from app.cli.terminal import console, print_text
     from features.run import open_run
     from features.steering import steer
 
@@ -57,4 +59,6 @@ def main(arguments: Sequence[str]) -> None:
     label = run.labels.get(given.feature)
     name = f"feature {given.feature}" + (f" ({label.text})" if label else "")
     what = "ablated" if given.method == "ablate" else f"{given.method} {strength:g} × {given.unit}"
-    text_pair("default", given.prompt + pair.default, f"steered: {name}, {what}", given.prompt + pair.steered)
+    for title, text in (("default", pair.default), (f"steered: {name}, {what}", pair.steered)):
+        console.print(Text(title, style="dim"), soft_wrap=True)
+        print_text(Text(given.prompt + text))

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -69,15 +70,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is left-aligned, the others right-aligned."""
     grid = Table(box=None, pad_edge=False, padding=(0, 2))
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right", header_style="dim")
+        side: Literal["left", "right"] = "left" if number == 0 else "right"
+        grid.add_column(column, justify=side, header_style="dim", no_wrap=True)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     console.print(grid)
 
 
-def text_pair(left_title: str, left: str, right_title: str, right: str) -> None:
-    """Print two texts, one under the other, exactly as they are."""
-    for title, text in ((left_title, left), (right_title, right)):
-        console.print(Text(title, style="dim"))
-        for line in text.splitlines() or [""]:
-            console.print(Text("  │ " + line), soft_wrap=True)
+def print_text(text: Text) -> None:
+    """Print a text as it is, with a bar at its left."""
+    for line in text.split("\n", allow_blank=True):
+        console.print(Text("  │ ") + line, soft_wrap=True)

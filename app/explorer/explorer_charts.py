@@ -25,7 +25,11 @@ def plot_text(text: str) -> str:
 
 
 def feature_scatter(
-    features: np.ndarray, density: np.ndarray, strength: np.ndarray, strength_name: str, scores: np.ndarray,
+    features: np.ndarray,
+    density: np.ndarray,
+    strength: np.ndarray,
+    strength_name: str,
+    scores: np.ndarray,
     labels: Sequence[str],
 ) -> go.Figure:
     """Every feature as a point: how often it fires, how strongly, and how well its label predicts it.
@@ -33,6 +37,9 @@ def feature_scatter(
     Args:
         features: ``[n]`` numbers. density, strength: ``[n]``, above 0. scores: ``[n]``, nan where not measured.
         labels: n texts for hovering.
+
+    Returns:
+        a figure whose points carry (feature, density in percent) as ``customdata``.
     """
     with_labels = len(features) <= HOVER_TEXTS_UP_TO
     text = [plot_text(_shortened(label)) for label in labels] if with_labels else None
@@ -47,21 +54,27 @@ def feature_scatter(
                 "colorscale": SCORE_COLOURS,
                 "cmin": 0,
                 "cmax": 1,
-                "colorbar": {"title": {"text": "label F1", "side": "right"}, "thickness": 8, "outlinewidth": 0,
-                             "tickvals": [0, 0.5, 1], "len": 0.85},
+                "colorbar": {
+                    "title": {"text": "label F1", "side": "right"},
+                    "thickness": 8,
+                    "outlinewidth": 0,
+                    "tickvals": [0, 0.5, 1],
+                    "len": 0.85,
+                },
             },
         ),
     ):
         figure.add_scattergl(
             x=np.log10(density[chosen]).astype(np.float32),
             y=strength[chosen].astype(np.float32),
-            customdata=features[chosen].astype(np.int32),
+            customdata=np.stack([features[chosen], 100 * density[chosen]], axis=1).astype(np.float32),
             text=[text[i] for i in np.flatnonzero(chosen)] if text else None,
             mode="markers",
             marker={"size": 6, "opacity": 0.75, **marker},
-            hovertemplate="<b>feature %{customdata}</b>"
+            hovertemplate="<b>feature %{customdata[0]}</b>"
             + ("<br>%{text}" if text else "")
-            + f"<br>fires on 10<sup>%{{x:.2f}}</sup> of tokens, {strength_name} %{{y:.3g}}<extra></extra>",
+            + "<br>fires on %{customdata[1]:.3r}% of tokens"
+            + f"<br>{strength_name} activation %{{y:.3r}}<extra></extra>",
         )
     figure.update_layout(**_LAYOUT, height=400, dragmode="pan", clickmode="event+select")
     figure.update_xaxes(title="log₁₀ density (share of tokens on which it fires)", zeroline=False)
@@ -114,7 +127,9 @@ def activation_histogram(edges: np.ndarray, counts: np.ndarray) -> go.Figure:
         )
     )
     figure.update_layout(**_LAYOUT, height=190)
-    figure.update_xaxes(title="activation", tickvals=np.log10(ticks), ticktext=[f"{tick:g}" for tick in ticks])
+    figure.update_xaxes(
+        title="activation", tickvals=np.log10(ticks), ticktext=[f"{tick:g}" for tick in ticks]
+    )
     figure.update_yaxes(title="firings", nticks=4)
     return figure
 

@@ -69,9 +69,8 @@ def feature_address(feature: int) -> str:
 
 def link(to: str, text: str, *, title: str = "", classes: str = "") -> str:
     """An HTML link that stays in this session; ``text`` is escaped here."""
-    return (
-        f'<a class="go {escape(classes)}" href="{escape(to)}" target="_self" title="{escape(title)}">{escape(text)}</a>'
-    )
+    attributes = f'class="go {escape(classes)}" href="{escape(to)}" target="_self" title="{escape(title)}"'
+    return f"<a {attributes}>{escape(text)}</a>"
 
 
 def pick(choices: Mapping[str, object], html: str, *, title: str = "", classes: str = "") -> str:

@@ -21,12 +21,22 @@ from app.explorer.explorer_style import STYLE_SHEET  # noqa: E402
 def main() -> None:
     """One run of the script: the page that the address names."""
     # A named Material icon would be fetched from the network.
-    st.set_page_config(page_title=f"SAEscope · {Path(sys.argv[1]).name}", page_icon=_FOLDER / "icon.svg", layout="wide")
+    st.set_page_config(
+        page_title=f"SAEscope · {Path(sys.argv[1]).name}", page_icon=_FOLDER / "icon.svg", layout="wide"
+    )
     st.logo(_FOLDER / "logo.svg", size="large")
     page = st.navigation(
         [
-            st.Page(page_overview.show, title="Overview", icon=":material/scatter_plot:", url_path="overview", default=True),
-            st.Page(page_feature.show, title="Feature", icon=":material/center_focus_strong:", url_path="feature"),
+            st.Page(
+                page_overview.show,
+                title="Overview",
+                icon=":material/scatter_plot:",
+                url_path="overview",
+                default=True,
+            ),
+            st.Page(
+                page_feature.show, title="Feature", icon=":material/center_focus_strong:", url_path="feature"
+            ),
             st.Page(page_try_text.show, title="Try text", icon=":material/text_fields:", url_path="try-text"),
             st.Page(page_steer.show, title="Steer", icon=":material/tune:", url_path="steer"),
         ],

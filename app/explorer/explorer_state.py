@@ -7,6 +7,7 @@ import streamlit as st
 
 from activations.errors import InputError
 from app.explorer.tokens_html import escape_markdown
+from features.labels import Label
 from features.run import Feature, Run, open_run
 
 LONGEST_TEXT_IN_LINK = 2000  # characters; browsers and servers cut longer addresses
@@ -19,8 +20,20 @@ def opened(path: str) -> Run:
 
 
 def the_run() -> Run:
-    """The run that the explorer was started on: the argument after ``--``."""
+    """The run that the explorer was started on: the argument after ``--``.
+
+    Raises:
+        InputError: there is no such argument, or the folder is no run.
+    """
+    if len(sys.argv) < 2:
+        raise InputError("The explorer was started without a run: start it with sae explore RUN.")
     return opened(sys.argv[1])
+
+
+def load_model(run: Run) -> None:
+    """Load model and SAE, which takes seconds the first time, and say so."""
+    with st.spinner("Loading the model …"):
+        _ = run.model, run.sae
 
 
 def complain(error: InputError | str) -> None:
@@ -66,14 +79,19 @@ def asked_feature(run: Run) -> Feature:
 
 def best_labelled(run: Run) -> int:
     """The feature whose automatic label predicts it best: a good one to begin with. 0 if nothing is labelled."""
-    scored = [(label.f1, -label.feature) for label in run.labels.all().values() if label.f1 is not None]
-    return -max(scored)[1] if scored else 0
+    labels = run.labels.all().values()
+    return min(labels, key=worth).feature if labels else 0
 
 
 def random_feature(run: Run) -> int:
     """Some feature that fires in the index; any if none does."""
     firing = run.index.count.nonzero()[0]
     return int(random.choice(firing)) if len(firing) else random.randrange(run.index.d_sae)
+
+
+def worth(label: Label | None) -> tuple[float, int]:
+    """Sorts features by the score of their label, then by the number of cases it rests on, best first."""
+    return (0.0, 0) if label is None or label.f1 is None else (-label.f1, -(label.n or 0))
 
 
 def name_of(run: Run, feature: int) -> str:

@@ -54,7 +54,7 @@ STYLE_SHEET = """
 .stHtml .chosen { font-weight: 650; border-bottom: 2px solid rgb(var(--heat) / .8); }
 .stHtml .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.2rem; }
 .stHtml a.go.button { display: inline-block; border: 1px solid color-mix(in srgb, currentColor 35%, transparent);
-  border-radius: 10px; padding: .38rem .8rem; font-weight: 500; }
+  border-radius: 10px; padding: .38rem .8rem; font-weight: 500; font-size: .93rem; }
 .stHtml a.go.button:hover { text-decoration: none; background: color-mix(in srgb, currentColor 8%, transparent); }
 .stHtml .t.n { background: rgb(var(--cold) / calc(var(--a) * .82)); }
 .stHtml .t.p { box-shadow: 0 0 0 1.5px color-mix(in srgb, currentColor 70%, transparent); }
@@ -73,8 +73,8 @@ STYLE_SHEET = """
   white-space: pre; max-width: 100%; overflow: hidden; text-overflow: ellipsis; display: inline-block;
   vertical-align: bottom; }
 .stHtml table.bars { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
-.stHtml table.bars th { font-weight: 500; font-size: .76rem; text-align: right; padding: 0 .1rem .15rem .6rem; white-space: nowrap;
-  color: color-mix(in srgb, currentColor 58%, transparent); border: none; }
+.stHtml table.bars th { font-weight: 500; font-size: .76rem; text-align: right; padding: 0 .1rem .15rem .6rem;
+  white-space: nowrap; color: color-mix(in srgb, currentColor 58%, transparent); border: none; }
 .stHtml table.bars th:first-child { text-align: left; padding-left: 0; }
 .stHtml .digits { display: inline-block; min-width: 2.9rem; }
 .stHtml table.bars td { padding: .17rem .1rem .17rem .6rem; border: none; text-align: right; white-space: nowrap; }
@@ -92,6 +92,7 @@ STYLE_SHEET = """
   .stHtml h1.page { font-size: 1.45rem; }
   .stHtml .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem; }
   .stHtml .card { padding: .5rem .6rem; }
+  .stHtml .card:last-child:nth-child(odd) { grid-column: span 2; }
   .stHtml .card .value { font-size: 1.25rem; }
   .stHtml .example { grid-template-columns: 2.6rem minmax(0, 1fr); gap: .1rem .5rem; }
   .stHtml .bar { width: 2.6rem; }
@@ -137,7 +138,8 @@ def track_html(low: float, high: float, controls: Mapping[str, float]) -> str:
         return f"{min(max(value, 0.0), 1.0):.2%}"
 
     dots = "".join(
-        f'<i class="control" style="left:{place(value)}" title="{escape(name)}"></i>' for name, value in controls.items()
+        f'<i class="control" style="left:{place(value)}" title="{escape(name)}"></i>'
+        for name, value in controls.items()
     )
     width = f"calc({place(high)} - {place(low)})"
     return (
@@ -156,6 +158,11 @@ def bar(share: float, text: str, *, negative: bool = False) -> str:
     kind = "bar n" if negative else "bar"
     filled = f"{min(max(share, 0.0), 1.0):.1%}"
     return f'<span class="{kind}" style="--w:{filled}"></span><span class="digits">{escape(text)}</span>'
+
+
+def pill(text: str, definition: str) -> str:
+    """A small figure in a rounded frame, defined on hover."""
+    return f'<span class="pill" title="{escape(definition)}">{escape(text)}</span>'
 
 
 def table_html(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -13,12 +13,13 @@ from app.explorer.explorer_state import (
     LONGEST_TEXT_IN_LINK,
     asked_feature,
     complain,
+    load_model,
     name_of,
     random_feature,
     the_run,
 )
-from app.explorer.explorer_style import Card, bar, cards_html, number, part, percent, table_html
-from app.explorer.tokens_html import chip, tokens_html
+from app.explorer.explorer_style import Card, bar, cards_html, number, part, percent, pill, table_html
+from app.explorer.tokens_html import chip, escape_markdown, tokens_html
 from features.labels import Label
 from features.run import Feature, Run
 
@@ -68,7 +69,7 @@ def _steps(run: Run, feature: Feature) -> None:
     key = f"number of {feature.index}"
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="steps bar"):
         st.button(
-            "Previous feature",
+            "Previous",
             icon=":material/chevron_left:",
             shortcut="Left",
             on_click=show_feature,
@@ -84,10 +85,10 @@ def _steps(run: Run, feature: Feature) -> None:
             key=key,
             on_change=show_typed,
             label_visibility="collapsed",
-            width=110,
+            width=88,
         )
         st.button(
-            "Next feature",
+            "Next",
             icon=":material/chevron_right:",
             shortcut="Right",
             on_click=show_feature,
@@ -95,7 +96,10 @@ def _steps(run: Run, feature: Feature) -> None:
             disabled=feature.index == last,
         )
         st.button("Random", icon=":material/casino:", on_click=show_feature, args=(random_feature(run),))
-        st.html(link(address("steer", features=feature.index), "Steer this feature", classes="button"), width="content")
+        st.html(
+            link(address("steer", features=feature.index), "Steer this feature", classes="button"),
+            width="content",
+        )
 
 
 def _name(feature: Feature) -> None:
@@ -109,8 +113,12 @@ def _name(feature: Feature) -> None:
     )
 
     def save() -> None:
-        labels.set(index, st.session_state[text_key], note=st.session_state[note_key])
-        st.toast("Saved.", icon=":material/check:")
+        try:
+            labels.set(index, st.session_state[text_key], note=st.session_state[note_key])
+        except InputError as error:
+            st.toast(escape_markdown(str(error)), icon=":material/error:", duration="long")
+        else:
+            st.toast("Saved.", icon=":material/check:")
 
     text_key, note_key = f"label of {index}", f"note on {index}"
     own = label.text if label and label.source == "person" else ""
@@ -124,7 +132,11 @@ def _name(feature: Feature) -> None:
         help="It stands before the automatic label everywhere. Empty it to have the automatic label back.",
     )
     note_place.text_input(
-        "Note", label.note if label else "", key=note_key, on_change=save, placeholder="anything worth remembering"
+        "Note",
+        label.note if label else "",
+        key=note_key,
+        on_change=save,
+        placeholder="anything worth remembering",
     )
 
 
@@ -135,10 +147,10 @@ def _provenance(label: Label | None, automatic: Label | None) -> str:
     scores = ""
     if automatic.f1 is not None and automatic.precision is not None and automatic.recall is not None:
         scores = (
-            f'<span class="pill" title="harmonic mean of precision and recall">F1 {automatic.f1:.2f}</span>'
-            f'<span class="pill" title="where the label says it fires, how often it does">precision {automatic.precision:.2f}'
-            f'</span><span class="pill" title="where it fires, how often the label says so">recall {automatic.recall:.2f}'
-            f'</span><span class="pill" title="firings on held-out documents that the scores rest on">n {automatic.n:,}</span>'
+            pill(f"F1 {automatic.f1:.2f}", "harmonic mean of precision and recall")
+            + pill(f"precision {automatic.precision:.2f}", "where the label says it fires, how often it does")
+            + pill(f"recall {automatic.recall:.2f}", "where it fires, how often the label says so")
+            + pill(f"n {automatic.n:,}", "firings on held-out documents that the scores rest on")
         )
     if label is not None and label.source == "person" and label.text:
         return f"A person's label. Automatic: <b>{escape(automatic.text)}</b> {scores}"
@@ -149,11 +161,23 @@ def _statistics(feature: Feature) -> list[Card]:
     one_in = f"one token in {number(1 / feature.density)}"
     index = feature.run.index
     return [
-        Card("Density", percent(feature.density), [one_in], "share of the index's positions on which it fires"),
-        Card("Firings", f"{feature.count:,}", [f"of {index.n_tokens:,} tokens"], "in the index, over the train split"),
+        Card(
+            "Density", percent(feature.density), [one_in], "share of the index's positions on which it fires"
+        ),
+        Card(
+            "Firings",
+            f"{feature.count:,}",
+            [f"of {index.n_tokens:,} tokens"],
+            "in the index, over the train split",
+        ),
         Card("Largest activation", number(feature.max), ["strength 1 when steering"], "over the index"),
         Card("Mean activation", number(feature.mean), ["where it fires"], "over its firings in the index"),
-        Card("Median activation", number(index.quantile(feature.index, 0.5)), ["where it fires"], "from the histogram"),
+        Card(
+            "Median activation",
+            number(index.quantile(feature.index, 0.5)),
+            ["where it fires"],
+            "from the histogram",
+        ),
     ]
 
 
@@ -193,7 +217,9 @@ def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bo
     """Examples as one block: activation, coloured tokens, document."""
     return "".join(
         f'<div class="example"><div class="strength">{escape(number(example.value))}</div><div>'
-        + tokens_html(example.tokens, example.activations.tolist(), maximum, framed=example.peak, one_line=one_line)
+        + tokens_html(
+            example.tokens, example.activations.tolist(), maximum, framed=example.peak, one_line=one_line
+        )
         + f'<span class="where">{escape(example.document)}</span></div></div>'
         for example in examples
     )
@@ -225,7 +251,8 @@ def _logit_lens(feature: Feature) -> str:
 
     def side(title: str, tokens: list[tuple[str, int, float]], negative: bool) -> str:
         rows = [
-            [chip(token), bar(abs(logit) / largest, f"{logit:+.2f}", negative=negative)] for token, _, logit in tokens
+            [chip(token), bar(abs(logit) / largest, f"{logit:+.2f}", negative=negative)]
+            for token, _, logit in tokens
         ]
         return f"<div>{table_html([title, 'logit'], rows)}</div>"
 
@@ -239,12 +266,15 @@ def _neighbours(feature: Feature) -> str:
     run = feature.run
     rows = [
         [
-            f'<span class="ellipsis">{link(feature_address(other), str(other))} {escape(name_of(run, other))}</span>',
+            f'<span class="ellipsis" title="{escape(name_of(run, other))}">'
+            f"{link(feature_address(other), str(other))} {escape(name_of(run, other))}</span>",
             bar(cosine, f"{cosine:.2f}"),
         ]
         for other, cosine in feature.neighbours[:NEIGHBOURS_SHOWN]
     ]
-    return part("Nearest features", "By the cosine of their decoder directions.") + table_html(["feature", "cosine"], rows)
+    return part("Nearest features", "By the cosine of their decoder directions.") + table_html(
+        ["feature", "cosine"], rows
+    )
 
 
 def _own_text(feature: Feature) -> None:
@@ -258,6 +288,7 @@ def _own_text(feature: Feature) -> None:
     )
     if not text:
         return
+    load_model(feature.run)
     try:
         trace = feature.run.trace(text)
     except InputError as error:
@@ -270,5 +301,5 @@ def _own_text(feature: Feature) -> None:
         f'<div class="panel">{tokens_html(trace.tokens, activations.tolist(), feature.max)}</div>'
         f'<p class="hint">It fires on {fired:,} of {len(trace.tokens):,} tokens'
         + (f", at most {number(float(activations.max()))}." if fired else ".")
-        + f" {link(address('try-text', feature=feature.index), 'All features of a text')}</p>"
+        + f" {link(address('try-text', feature=feature.index, text=short), 'All features of this text')}</p>"
     )

@@ -8,7 +8,7 @@ import streamlit as st
 
 from app.explorer.explorer_charts import density_histogram, feature_scatter
 from app.explorer.explorer_links import feature_address, go
-from app.explorer.explorer_state import the_run
+from app.explorer.explorer_state import the_run, worth
 from app.explorer.explorer_style import Card, cards_html, number, part, percent, track_html
 from features.labels import Label
 from features.run import Run
@@ -80,14 +80,18 @@ def _figures(run: Run) -> None:
     )
 
 
-def _card(evaluation: dict[str, Any], key: str, name: str, definition: str, *, is_share: bool = False) -> Card:
+def _card(
+    evaluation: dict[str, Any], key: str, name: str, definition: str, *, is_share: bool = False
+) -> Card:
     """One metric with its interval and its controls; a share of 1 gets a picture of them."""
 
     def figure(value: float | None) -> str:
         return "–" if value is None else number(value)
 
     low, high = evaluation["intervals"].get(key) or (None, None)
-    controls = {CONTROL_NAMES.get(n, n): c[key] for n, c in evaluation["controls"].items() if c.get(key) is not None}
+    controls = {
+        CONTROL_NAMES.get(n, n): c[key] for n, c in evaluation["controls"].items() if c.get(key) is not None
+    }
     notes = [f"95%: {figure(low)} to {figure(high)}"] if low is not None and low != high else []
     if key != "l0":
         notes += [f"{control}: {figure(value)}" for control, value in controls.items()]
@@ -125,21 +129,37 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
             texts[label.feature] = label.text
             scores[label.feature] = np.nan if label.f1 is None else label.f1
         figure = feature_scatter(
-            firing, index.density[firing], values[firing], strength, scores[firing], [texts[i] for i in firing]
+            firing,
+            index.density[firing],
+            values[firing],
+            strength,
+            scores[firing],
+            [texts[i] for i in firing],
         )
         event = st.plotly_chart(figure, key="scatter", on_select="rerun", config={"displaylogo": False})
     with right:
-        st.html(part("How often features fire", "Most features are rare: a density of 10⁻³ is one token in a thousand."))
-        st.plotly_chart(density_histogram(index.density[firing]), key="density", config={"displayModeBar": False})
-    caught = sorted({int(point["customdata"]) for point in event.selection.points})
-    if len(caught) == 1 and not (event.selection.box or event.selection.lasso):
+        st.html(
+            part(
+                "How often features fire",
+                "Most features are rare: a density of 10⁻³ is one token in a thousand.",
+            )
+        )
+        st.plotly_chart(
+            density_histogram(index.density[firing]), key="density", config={"displayModeBar": False}
+        )
+    caught = sorted({int(point["customdata"][0]) for point in event.selection.points})
+    if event.selection.box or event.selection.lasso:
+        return np.array(caught, dtype=np.int64)
+    if caught:
         go(feature_address(caught[0]))
-    return np.array(caught) if len(caught) > 1 else None
+    return None
 
 
 def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> None:
     index = run.index
-    st.html(part("Find a feature", "Words of a label or note, or a feature's number; a click on a row opens it."))
+    st.html(
+        part("Find a feature", "Words of a label or note, or a feature's number; a click on a row opens it.")
+    )
     wanted = st.text_input(
         "Search",
         key="q",
@@ -158,7 +178,9 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
         features = np.array([feature for feature in features if feature in found], dtype=np.int64)
     else:
         # Well-tested labels first, so that the first screen shows features that mean something.
-        features = np.array(sorted(features.tolist(), key=lambda feature: _worth(labels.get(feature))), dtype=np.int64)
+        features = np.array(
+            sorted(features.tolist(), key=lambda feature: worth(labels.get(feature))), dtype=np.int64
+        )
     what = f"{len(features):,} of {index.d_sae:,} features"
     st.html(f'<p class="hint">{what}{" in the frame above" if chosen is not None else ""}</p>')
     if not len(features):
@@ -184,18 +206,23 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             "label": st.column_config.TextColumn(width="large"),
             "by": st.column_config.TextColumn(width=90, help="who gave the label"),
             "F1": st.column_config.ProgressColumn(
-                width=110, min_value=0, max_value=1, format="%.2f", help="of the automatic label, on held-out documents"
+                width=110,
+                min_value=0,
+                max_value=1,
+                format="%.2f",
+                help="of the automatic label, on held-out documents",
             ),
-            "density": st.column_config.NumberColumn(width=90, format="%.2e", help="share of tokens on which it fires"),
-            "max": st.column_config.NumberColumn(width=75, format="%.2f", help="largest activation in the index"),
-            "mean": st.column_config.NumberColumn(width=75, format="%.2f", help="mean activation where it fires"),
+            "density": st.column_config.NumberColumn(
+                width=90, format="%.2e", help="share of tokens on which it fires"
+            ),
+            "max": st.column_config.NumberColumn(
+                width=75, format="%.2f", help="largest activation in the index"
+            ),
+            "mean": st.column_config.NumberColumn(
+                width=75, format="%.2f", help="mean activation where it fires"
+            ),
         },
     )
     if picked.selection.cells:
         row, _ = picked.selection.cells[0]
         go(feature_address(int(features[row])))
-
-
-def _worth(label: Label | None) -> tuple[float, int]:
-    """Sorts by label score, then by the number of cases that it rests on, largest first."""
-    return (0.0, 0) if label is None or label.f1 is None else (-label.f1, -(label.n or 0))

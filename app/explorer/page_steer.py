@@ -1,6 +1,7 @@
 """Steer: features and strengths on the left, what the model writes without and with them on the right."""
 
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import zip_longest
 
@@ -8,20 +9,24 @@ import streamlit as st
 
 from activations.errors import InputError
 from app.explorer.explorer_links import address, feature_address, go, link, pick
-from app.explorer.explorer_state import complain, name_of, parameter, the_run
-from app.explorer.explorer_style import number, part, percent, table_html
+from app.explorer.explorer_state import complain, load_model, name_of, parameter, the_run, worth
+from app.explorer.explorer_style import bar, number, part, percent, table_html
 from app.explorer.tokens_html import printable, tokens_html
 from features.demonstration import choose_demonstration, own_tokens, promoted_share
 from features.run import Run
 from features.steering import METHODS, Method, output_scores
 
-WEAKEST, STRONGEST, USUAL = -4.0, 8.0, 2.0  # strengths on the sliders, in units of the feature's maximum
+WEAKEST, STRONGEST, USUAL = -2.0, 4.0, 1.0  # strengths on the sliders, in units of the feature's maximum
 MATCHES_SHOWN = 8
 EXPLANATIONS = {
     "clamp": "sets each feature's activation to strength × its maximum, whatever it was",
     "add": "adds strength × maximum × the feature's direction to what is there",
     "ablate": "sets each feature's activation to 0; what it stands for may live on in other features",
 }
+OUTPUT_SCORE = (
+    "how far adding the feature raises the tokens that it promotes, in one pass over neutral prompts; near 0: it writes"
+    " nothing of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,18 @@ def show() -> None:
     left, right = st.columns([1, 1.55], gap="large")
     with left:
         st.html(
-            '<h1 class="page">Steer</h1><p class="hint">Turn features up or down while the model writes. Both texts start'
-            " from the same seed, so what differs is the features' doing.</p>"
+            '<h1 class="page">Steer</h1><p class="hint">Turn features up or down while the model writes. Both texts'
+            " start from the same seed, so what differs is the features' doing.</p>"
         )
+        load_model(run)
         try:
             settings = _settings(run)
         except InputError as error:
             complain(error)
             return
-        wanted = st.button("Write", type="primary", icon=":material/edit_note:", disabled=not settings.strengths)
+        wanted = st.button(
+            "Write", type="primary", icon=":material/edit_note:", disabled=not settings.strengths
+        )
     with right:
         if wanted:
             try:
@@ -78,13 +86,24 @@ def _settings(run: Run) -> Settings:
     st.html(f'<p class="hint">{escape(EXPLANATIONS[method])}.</p>')
     strengths = _strengths(run, features, method)
     _adding(run, features)
-    prompt = st.text_area("Prompt", "def ", key="prompt", bind="query-params", height=80)
-    first, second, third = st.columns(3, gap="small", wrap=False)
-    temperature = first.number_input(
-        "Temperature", 0.0, 5.0, 0.7, 0.1, key="temperature", bind="query-params", help="0 takes the likeliest token"
-    )
-    max_new_tokens = second.number_input("Tokens", 1, run.model.context_length, 64, 16, key="tokens", bind="query-params")
-    seed = third.number_input("Seed", 0, 2**31, 0, 1, key="seed", bind="query-params")
+    prompt = st.text_area("Prompt", "def", key="prompt", bind="query-params", height=80)
+    with st.container(horizontal=True, gap="small"):
+        temperature = st.number_input(
+            "Temperature",
+            0.0,
+            5.0,
+            0.7,
+            0.1,
+            format="%.1f",
+            key="temperature",
+            bind="query-params",
+            width=106,
+            help="0 takes the likeliest token",
+        )
+        max_new_tokens = st.number_input(
+            "Tokens", 1, run.model.context_length, 64, 16, key="tokens", bind="query-params", width=106
+        )
+        seed = st.number_input("Seed", 0, 2**31, 0, 1, key="seed", bind="query-params", width=106)
     return Settings(strengths, method, prompt or "", float(temperature), int(max_new_tokens), int(seed))
 
 
@@ -100,7 +119,9 @@ def _chosen_features(run: Run) -> list[int]:
     features = []
     for part_ in filter(None, listed.split(",")):
         if not part_.strip().isdigit():
-            raise InputError(f"The address says features={listed}, and features must be whole numbers with commas.")
+            raise InputError(
+                f"The address says features={listed}, and features must be whole numbers with commas."
+            )
         feature = run.feature(int(part_)).index
         if feature not in features:
             features.append(feature)
@@ -112,17 +133,16 @@ def _strengths(run: Run, features: list[int], method: Method) -> dict[int, float
     """A slider for each feature, with a link to leave it out."""
     strengths = {}
     for feature in features:
-        others = ",".join(str(other) for other in features if other != feature)
-        remove = pick({"features": others or ",", f"s{feature}": None}, "remove", classes="faint small")
+        # A lone comma: an address without the parameter would bring back the features steered last.
+        others = ",".join(str(other) for other in features if other != feature) or ","
+        remove = pick({"features": others, f"s{feature}": None}, "remove", classes="quiet faint small")
         score = _output_score(run.folder.path.as_posix(), run, feature)
+        verdict = "no output score" if score is None else f"output score {score:.3f}"
+        if not run.index.count[feature]:
+            verdict = "never fired in the index: no maximum to measure strength by"
         st.html(
-            f'<p>{link(feature_address(feature), str(feature))} <b>{escape(name_of(run, feature))}</b> {remove}</p>'
-            + (
-                f'<p class="hint" title="how far adding the feature raises the tokens that it promotes, in one pass over'
-                f' neutral prompts; near 0: it writes nothing of its own">output score {score:.3f}</p>'
-                if score is not None
-                else '<p class="hint">never fired in the index: it has no maximum to measure strength by</p>'
-            )
+            f"<p>{link(feature_address(feature), str(feature))} <b>{escape(name_of(run, feature))}</b> {remove}</p>"
+            + f'<p class="hint" title="{escape(OUTPUT_SCORE)}">{escape(verdict)}</p>'
         )
         strength = st.slider(
             f"Strength of feature {feature}",
@@ -142,7 +162,7 @@ def _strengths(run: Run, features: list[int], method: Method) -> dict[int, float
 
 @st.cache_data(show_spinner=False, max_entries=1000)
 def _output_score(run_path: str, _run: Run, feature: int) -> float | None:
-    if not _run.index.count[feature]:
+    if not _run.index.count[feature] or not _run.index.promoted(feature):
         return None
     return float(output_scores(_run.model, _run.sae, _run.index, [feature])[0])
 
@@ -158,14 +178,27 @@ def _adding(run: Run, features: list[int]) -> None:
     if wanted and wanted.strip():
         st.html(_matches(run, features, wanted.strip()))
     elif not features and st.button("Suggest one that steers well", icon=":material/lightbulb:"):
-        with st.spinner("Trying features …"):
-            found = choose_demonstration(run.model, run.sae, run.index)
-        query = {"features": found.feature, f"s{found.feature}": found.strength, "prompt": found.prompt, "seed": found.seed}
-        go(address("steer", **query))
+        go(_suggestion(run.folder.path.as_posix(), run))
+
+
+@st.cache_data(show_spinner="Trying features …", max_entries=1)
+def _suggestion(run_path: str, _run: Run) -> str:
+    """Address of this page with the settings that a demonstration chose."""
+    found = choose_demonstration(_run.model, _run.sae, _run.index)
+    settings = {
+        "features": found.feature,
+        f"s{found.feature}": found.strength,
+        "method": found.method,
+        "prompt": found.prompt,
+        "temperature": found.temperature,
+        "tokens": found.max_new_tokens,
+        "seed": found.seed,
+    }
+    return address("steer", **settings)
 
 
 def _matches(run: Run, features: list[int], wanted: str) -> str:
-    found = [label.feature for label in run.labels.search(wanted)]
+    found = [label.feature for label in sorted(run.labels.search(wanted), key=worth)]
     if wanted.isdigit() and int(wanted) < run.index.d_sae:
         found.insert(0, int(wanted))
     found = [feature for feature in dict.fromkeys(found) if feature not in features]
@@ -178,21 +211,27 @@ def _matches(run: Run, features: list[int], wanted: str) -> str:
         )
         for feature in found[:MATCHES_SHOWN]
     ]
-    more = f'<p class="hint">and {len(found) - MATCHES_SHOWN:,} more</p>' if len(found) > MATCHES_SHOWN else ""
-    return "".join(lines) + more
+    more = (
+        f'<p class="hint">and {len(found) - MATCHES_SHOWN:,} more</p>' if len(found) > MATCHES_SHOWN else ""
+    )
+    return f'<div class="small">{"".join(lines)}{more}</div>'
 
 
 def _write(run: Run, settings: Settings) -> None:
     """Write both texts, a token of each in turn, and show them as they come."""
-    sampling = {
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-    }
-    default_stream = run.model.generate_stream(settings.prompt, **sampling)
+    stream = partial(
+        run.model.generate_stream,
+        settings.prompt,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
+    default_stream = stream()
     with run.steered(settings.strengths, method=settings.method):
-        steered_stream = run.model.generate_stream(settings.prompt, **sampling)
+        steered_stream = stream()
     places = _two_panels()
+    for place in places:
+        place.html(_plain_panel(settings.prompt, ""))
     texts = ["", ""]
     for new in zip_longest(default_stream, steered_stream, fillvalue=[""]):
         for side, (part_,) in enumerate(new):
@@ -219,14 +258,20 @@ def _plain_panel(prompt: str, text: str) -> str:
 def _result(run: Run, settings: Settings) -> None:
     written: Written | None = st.session_state.get("written")
     if written is None:
-        st.html('<div class="panel"><p class="hint">Choose a feature and press Write: both texts appear here.</p></div>')
+        st.html(
+            '<div class="panel"><p class="hint">Choose a feature and press Write: both texts appear here.</p></div>'
+        )
         return
     then = written.settings
     features = list(then.strengths)
     coloured = features[0]
     if len(features) > 1:
-        coloured = st.pills("Colour by feature", features, default=coloured, required=True, key=f"colour {features}")
-    for place, name, text in zip(_two_panels(), ("default", "steered"), (written.default, written.steered), strict=True):
+        coloured = st.pills(
+            "Colour by feature", features, default=coloured, required=True, key=f"colour {features}"
+        )
+    for place, name, text in zip(
+        _two_panels(), ("default", "steered"), (written.default, written.steered), strict=True
+    ):
         trace = run.trace(then.prompt + text)
         shades = trace.activations(coloured).tolist()
         place.html(
@@ -238,12 +283,17 @@ def _result(run: Run, settings: Settings) -> None:
         own = own_tokens(run.index, feature)
         before, after = (promoted_share(run.model, text, own) for text in (written.default, written.steered))
         rows.append(
-            [f"{feature} {escape(name_of(run, feature))}", f"{number(then.strengths[feature])}", percent(before), percent(after)]
+            [
+                f"{feature} {escape(name_of(run, feature))}",
+                number(then.strengths[feature]),
+                bar(before, percent(before)),
+                bar(after, percent(after)),
+            ]
         )
     stale = "" if then == settings else " The settings have changed since: Write makes new texts."
     st.html(
         part("Share of the features' own tokens")
         + table_html(["feature", "strength", "default", "steered"], rows)
-        + '<p class="hint">Its own tokens: those that it promotes by the logit lens and those that it fires on. Colour: where'
-        f" feature {coloured} fires when the model, no longer steered, reads the texts.{stale}</p>"
+        + '<p class="hint">Its own tokens: those that it promotes by the logit lens and those that it fires on. Colour:'
+        f" where feature {coloured} fires when the model, no longer steered, reads the texts.{stale}</p>"
     )

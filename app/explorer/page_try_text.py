@@ -6,7 +6,15 @@ import streamlit as st
 
 from activations.errors import InputError
 from app.explorer.explorer_links import address, feature_address, link, pick
-from app.explorer.explorer_state import LONGEST_TEXT_IN_LINK, complain, name_of, parameter, the_run, whole_number
+from app.explorer.explorer_state import (
+    LONGEST_TEXT_IN_LINK,
+    complain,
+    load_model,
+    name_of,
+    parameter,
+    the_run,
+    whole_number,
+)
 from app.explorer.explorer_style import bar, number, part, table_html
 from app.explorer.tokens_html import chip, tokens_html, visible
 from features.run import Run
@@ -37,12 +45,19 @@ def show() -> None:
             " feature to colour the text by it; click a token to list what fires there.</p>"
         )
         st.text_area(
-            "Text", text, key=f"typed {hash(text)}", on_change=_read, args=(f"typed {hash(text)}",), height=190,
-            label_visibility="collapsed", placeholder="Paste a text here",
+            "Text",
+            text,
+            key=f"typed {hash(text)}",
+            on_change=_read,
+            args=(f"typed {hash(text)}",),
+            height=190,
+            label_visibility="collapsed",
+            placeholder="Paste a text here",
         )
         st.button("Read", type="primary", icon=":material/play_arrow:")
     if not text:
         return
+    load_model(run)
     try:
         trace = _trace(run, text)
         token = _asked_token(trace)
@@ -54,12 +69,19 @@ def show() -> None:
         return
     with right:
         ranking = st.segmented_control(
-            "Rank features by", list(RANKINGS), default="share of maximum", required=True, key="rank", bind="query-params",
+            "Rank features by",
+            list(RANKINGS),
+            default="share of maximum",
+            required=True,
+            key="rank",
+            bind="query-params",
             help="Some features have large activations by nature. The share of a feature's largest activation in the"
             " index compares features with each other.",
         )
         by_share = RANKINGS[ranking]
         strongest = trace.strongest(SHOWN, run.index.max if by_share else None)
+    if feature is None and token is not None:
+        feature = next((found for found, _ in _ranked(run, trace.at(token), by_share)), None)
     if feature is None:
         feature = strongest[0][0] if strongest else None
     with left:
@@ -113,7 +135,9 @@ def _text(run: Run, trace: Trace, feature: int | None, token: int | None) -> Non
         st.html('<div class="panel">No feature fires in this text.</div>')
         return
     activations = trace.activations(feature)
-    tokens = tokens_html(trace.tokens, activations.tolist(), float(run.index.max[feature]), framed=token, pick="token")
+    tokens = tokens_html(
+        trace.tokens, activations.tolist(), float(run.index.max[feature]), framed=token, pick="token"
+    )
     st.html(
         f'<p class="coloured">Coloured by {link(feature_address(feature), f"feature {feature}")}'
         f' <b data-testid="coloured label">{escape(name_of(run, feature))}</b>'
@@ -131,8 +155,8 @@ def _feature_rows(run: Run, found: list[tuple[int, float]], shown: int | None) -
         label = f'<span class="{"chosen" if feature == shown else ""}">{escape(name_of(run, feature))}</span>'
         rows.append(
             [
-                f'<span class="ellipsis">{link(feature_address(feature), str(feature), title="open this feature")}'
-                f" {pick({'feature': feature}, label, title='colour the text by this feature', classes='quiet')}</span>",
+                f'<span class="ellipsis" title="{escape(name_of(run, feature))}">{link(feature_address(feature), str(feature), title="open this feature")}'
+                f" {pick({'feature': feature}, label, title='colour the text by this', classes='quiet')}</span>",
                 f"{number(activation)}",
                 bar(share, f"{share:.0%}"),
             ]
@@ -146,22 +170,28 @@ def _features_of_token(run: Run, trace: Trace, token: int, by_share: bool, shown
     back = pick({"token": None}, "all tokens")
     if not found:
         return f'{title}<p class="hint">Nothing fires here: training left this position out. {back}</p>'
-    return (
-        f'{title}<p class="hint">{len(found)} features fire here. {back}</p>'
-        + table_html(["feature", "activation", "share of max"], _feature_rows(run, found, shown))
-    )
-
-
-def _features_of_text(run: Run, trace: Trace, strongest: list[tuple[int, float, int]], shown: int | None) -> str:
-    found = [(feature, activation) for feature, activation, _ in strongest]
-    return part("Strongest anywhere in the text", "A label colours the text, a number opens the feature.") + table_html(
+    return f'{title}<p class="hint">{len(found)} features fire here. {back}</p>' + table_html(
         ["feature", "activation", "share of max"], _feature_rows(run, found, shown)
     )
 
 
+def _features_of_text(
+    run: Run, trace: Trace, strongest: list[tuple[int, float, int]], shown: int | None
+) -> str:
+    found = [(feature, activation) for feature, activation, _ in strongest]
+    return part(
+        "Strongest anywhere in the text", "A label colours the text, a number opens the feature."
+    ) + table_html(["feature", "activation", "share of max"], _feature_rows(run, found, shown))
+
+
 def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
     """The strongest feature of every token."""
-    st.html(part("Token by token", "The strongest feature at each token; a click on a row lists all that fire there."))
+    st.html(
+        part(
+            "Token by token",
+            "The strongest feature at each token; a click on a row lists all that fire there.",
+        )
+    )
     places, best = [], []
     for place in range(len(trace.tokens)):
         found = _ranked(run, trace.at(place), by_share)
@@ -194,7 +224,9 @@ def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
             "feature": st.column_config.NumberColumn(width=70, format="%d"),
             "label": st.column_config.TextColumn(width="medium"),
             "activation": st.column_config.NumberColumn(width=80, format="%.2f"),
-            "share": st.column_config.ProgressColumn("share of max", width=120, min_value=0, max_value=1, format="%.2f"),
+            "share": st.column_config.ProgressColumn(
+                "share of max", width=120, min_value=0, max_value=1, format="%.2f"
+            ),
         },
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 
 FAINTEST = 0.10  # opacity of the weakest activation, so that a token that fires at all can be seen
-_WHITESPACE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
+_WHITESPACE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
 def visible(token: str) -> str:
@@ -23,7 +23,13 @@ def printable(text: str) -> str:
 
 
 def token_html(
-    token: str, activation: float, maximum: float, *, one_line: bool = False, framed: bool = False, pick: str = ""
+    token: str,
+    activation: float,
+    maximum: float,
+    *,
+    one_line: bool = False,
+    framed: bool = False,
+    pick: str = "",
 ) -> str:
     """One token, coloured by ``activation / maximum`` where it is not 0.
 
@@ -35,17 +41,22 @@ def token_html(
     """
     text = printable(token)
     if activation == 0 and not framed and not pick:
-        return escape(text.replace("\n", "↵ ") if one_line else text)
+        return escape(text.replace("\n", "⏎ ") if one_line else text)
     if one_line:
-        text = text.replace("\n", "↵") if text.strip() else _counted(text)
+        text = text.replace("\n", "⏎") if text.strip() else _counted(text)
     elif activation or framed:
-        text = text.replace("\n", "↵\n")  # a line end would otherwise show no colour
+        text = text.replace("\n", "⏎\n")  # a line end would otherwise show no colour
     word = text.lstrip(" ") or text
     # A space before a word stays outside, so that a line that breaks there leaves no coloured stub behind.
-    margin, shown = text[: len(text) - len(word)], escape(word or "‥")  # "": its character stands at another token
+    margin, shown = (
+        text[: len(text) - len(word)],
+        escape(word or "‥"),
+    )  # "": its character stands at another token
     classes = "t" + " n" * (activation < 0) + " p" * framed
     colour = f' style="--a:{_opacity(activation, maximum):.3f}"' if activation else ""
-    title = escape(f"{visible(token) or 'part of a character'}   {activation:.3g}{_of_maximum(activation, maximum)}")
+    title = escape(
+        f"{visible(token) or 'part of a character'}   {activation:.3g}{_of_maximum(activation, maximum)}"
+    )
     if not pick:
         return f'{margin}<span class="{classes}"{colour} title="{title}">{shown}</span>'
     link = f'href="?{escape(pick)}" data-pick="{escape(pick)}" target="_self" tabindex="-1"'

@@ -49,7 +49,9 @@ class TopK:
             terms["auxk"] = auxiliary.detach()
             total = mse + self.auxk * auxiliary
         fires = codes.values.detach() != 0
-        firings = torch.zeros(self.d_sae, device=x.device).index_add_(0, codes.indices.flatten(), fires.flatten().float())
+        firings = torch.zeros(self.d_sae, device=x.device).index_add_(
+            0, codes.indices.flatten(), fires.flatten().float()
+        )
         return Loss(total, terms, fires.sum(), firings > 0)
 
     def _auxiliary(self, weights: Weights, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """SAELens' folder format, which is also ours: ``cfg.json`` + ``sae_weights.safetensors``.
 
 Read and written so that SAELens 6 loads our SAEs unchanged (``SAE.load_from_disk``) and we load theirs. In their
-vocabulary our ``relu`` is ``standard``. A TopK SAE is written with unit decoder rows and
+vocabulary our ``relu`` is ``standard``. Our TopK SAEs have unit decoder rows and are written with
 ``rescale_acts_by_decoder_norm`` true, where that rescaling changes nothing.
 """
 
@@ -31,7 +31,7 @@ _NAMES: dict[str, Literal["topk", "relu"]] = {"topk": "topk", "standard": "relu"
 def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
     """Write an SAE; the folder appears complete or not at all."""
     topk = sae.config.architecture == "topk"
-    weights = _unit_decoder(sae.weights) if topk else sae.weights
+    weights = sae.weights
     config: dict[str, Any] = {
         "architecture": "topk" if topk else "standard",
         "d_in": sae.d_in,
@@ -44,7 +44,8 @@ def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
         "metadata": {**sae.metadata, "sae_lens_version": SAELENS_VERSION},
     }
     if topk:
-        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": True}
+        # Without unit rows (an SAE from elsewhere) the flag would make another function of the same weights.
+        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": _has_unit_rows(weights.W_dec)}
     tensors = {
         "W_enc": weights.encoder_rows.t(),
         "b_enc": weights.b_enc,
@@ -68,17 +69,26 @@ def read_saelens(folder: Path) -> SparseAutoencoder:
         raise InputError(f"{folder} holds no SAE: it has no {CONFIG}.")
     config = read_json(folder / CONFIG)
     name = config.get("architecture") if isinstance(config, dict) else None
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         raise InputError(
             f"{folder / CONFIG} names the architecture {name!r}, and this saescope knows {', '.join(sorted(_NAMES))}."
         )
+    topk = _NAMES[name] == "topk"
+    try:
+        d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
+        k = int(config["k"]) if topk else SAEConfig.k
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{folder / CONFIG} lacks a whole number for d_in, d_sae{' or k' if topk else ''}."
+        ) from None
+    sae_config = SAEConfig(architecture=_NAMES[name], d_sae=d_sae, k=k)
+    sae_config.check(d_in)
     if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
         raise InputError(
             f"{folder / CONFIG} asks for normalize_activations={config['normalize_activations']!r} at run time, which"
             " this saescope does not do: fold the normalisation into the weights first."
         )
     tensors = _read_tensors(folder / TENSORS)
-    d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if found != shapes:
@@ -91,10 +101,8 @@ def read_saelens(folder: Path) -> SparseAutoencoder:
             weights.W_dec,
             weights.b_dec,
         )
-    topk = _NAMES[name] == "topk"
     if topk and config.get("rescale_acts_by_decoder_norm", False):
         weights = _unit_decoder(weights)
-    sae_config = SAEConfig(architecture=_NAMES[name], d_sae=d_sae, k=int(config["k"]) if topk else SAEConfig.k)
     return SparseAutoencoder(sae_config, weights, dict(config.get("metadata") or {}))
 
 
@@ -111,10 +119,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _unit_decoder(weights: Weights) -> Weights:
-    """The same function with decoder rows of norm 1: activations grow by the norms they had."""
-    norms = weights.W_dec.norm(dim=1).clamp_min(1e-8)
-    if bool(((norms - 1).abs() < 1e-6).all()):
+    """What rescaling by decoder norms makes of the weights: unit rows, activations grown by the norms."""
+    if _has_unit_rows(weights.W_dec):
         return weights
+    norms = weights.W_dec.norm(dim=1).clamp_min(1e-8)
     return Weights(
-        weights.encoder_rows * norms[:, None], weights.b_enc * norms, weights.W_dec / norms[:, None], weights.b_dec
+        weights.encoder_rows * norms[:, None],
+        weights.b_enc * norms,
+        weights.W_dec / norms[:, None],
+        weights.b_dec,
     )
+
+
+def _has_unit_rows(decoder: Tensor) -> bool:
+    return bool(((decoder.norm(dim=1) - 1).abs() < 1e-6).all())
