@@ -149,8 +149,11 @@ class Corpus:
     ) -> "TokenBlocks":
         """Token blocks of a split that hold ``n_tokens`` tokens, or all there are where there are fewer.
 
-        Documents are shuffled before tokens are cut, and only as many are tokenised as are needed. ``test``
-        takes at most 1,024 tokens of a document, fewer where that is needed for 100 documents to take part.
+        Documents are shuffled before tokens are cut, and only as many are tokenised as are needed. Where there is
+        more text than is asked for, no document gives more than half as much again as its even share (or four
+        contexts, if that is more): the beginnings of many documents say more than a few long ones whole.
+        ``test`` takes at most 1,024 tokens of a document, fewer where that is needed for 100 documents to take
+        part.
 
         Raises:
             InputError: the split is empty, or ``test`` has fewer than 100 documents.
@@ -162,7 +165,7 @@ class Corpus:
             raise InputError("bos is on, but the tokenizer has no beginning-of-text token: leave bos off.")
         with_bos = tokenizer.adds_bos if config.bos is None else config.bos
         entries = self._order(split)
-        limit = None
+        limit = max(4 * context_length, 3 * n_tokens // (2 * max(len(entries), 1)))
         if split == "test":
             if len(entries) < TEST_DOCUMENTS:
                 raise InputError(
@@ -191,7 +194,7 @@ class Corpus:
         return f"documents in all splits: {len(self._scan.entries)}{left_out}"
 
     def _tokenised(
-        self, entries: Sequence[_Entry], tokenizer: "Tokenizer", limit: int | None
+        self, entries: Sequence[_Entry], tokenizer: "Tokenizer", limit: int
     ) -> Iterator[tuple[str, list[int]]]:
         """(name, ids) of each document, tokenised half a megabyte or so at a time."""
         batch: list[Document] = []

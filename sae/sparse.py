@@ -8,6 +8,7 @@ Weights are kept row-major by feature: ``W_enc`` is passed here as ``[d_sae, d_i
 transpose of its usual form, so that a feature's encoder and decoder are both contiguous rows.
 """
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,14 @@ def tile_rows(d_sae: int, itemsize: int = 4) -> int:
 
 def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """A scratch tensor that is reused from call to call: fresh pages cost more than the arithmetic on them."""
-    size = 1
-    for n in shape:
-        size *= n
+    size = math.prod(shape)
     key = (name, like.dtype, like.device)
     buffers = _workspace.__dict__.setdefault("buffers", {})
     if key not in buffers or buffers[key].numel() < size:
-        buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(
+            False
+        ):  # a tensor made in inference mode could not be written outside it later
+            buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return buffers[key][:size].view(shape)
 
 

@@ -433,3 +433,14 @@ def test_an_unknown_packing_is_refused() -> None:
     with pytest.raises(InputError) as error:
         CorpusConfig(packing="loose")  # type: ignore[arg-type]
     assert str(error.value) == "Packing 'loose' does not exist: it is one of concatenated, isolated."
+
+
+def test_a_long_document_gives_no_more_than_half_as_much_again_as_its_even_share(tmp_path: Path) -> None:
+    texts = [*texts_of("train", 2, length=20_000), *texts_of("train", 18, length=900)]
+    corpus = Corpus(CorpusConfig(str(write_texts(tmp_path, texts))))
+    blocks = corpus.blocks(ByteTokenizer(), "train", 10_000, context_length=64)
+    sizes = np.bincount(blocks.documents[blocks.documents >= 0])
+    assert sizes.max() <= 10_000 * 3 // (2 * 20) + 1  # and its separator
+    assert len(blocks.names) > 10
+    everything = corpus.blocks(ByteTokenizer(), "train", 10**6, context_length=64)
+    assert sorted(as_texts(everything)) == sorted(texts)

@@ -48,7 +48,7 @@ def test_the_fixture_is_complete() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reads_what_saelens_wrote(name: str) -> None:
-    """Reconstructions equal SAELens' own; so do codes, except that ours grow where theirs divide in the decoder."""
+    """Codes and reconstructions equal what SAELens computed from the same files."""
     expected = load_file(FIXTURE / name / "expected.safetensors")
     sae = SparseAutoencoder.load(FIXTURE / name)
     codes = sae.encode(expected["x"])

@@ -9,6 +9,7 @@ ACCENT = "#0f766e"
 HEAT = "#ea7c1e"
 GREY = "#a8a296"
 SCORE_COLOURS = [[0.0, "#cfc7b4"], [0.5, "#6fb3a8"], [1.0, "#0b5f58"]]
+POWERS = range(-9, 1)  # of ten, that densities are marked at
 HOVER_TEXTS_UP_TO = 20_000  # more labels than this make the figure heavy; then hovering shows numbers only
 
 _LAYOUT = {
@@ -39,7 +40,7 @@ def feature_scatter(
         labels: n texts for hovering.
 
     Returns:
-        a figure whose points carry (feature, density in percent) as ``customdata``.
+        a figure whose points carry the feature as ``customdata``.
     """
     with_labels = len(features) <= HOVER_TEXTS_UP_TO
     text = [plot_text(_shortened(label)) for label in labels] if with_labels else None
@@ -65,19 +66,24 @@ def feature_scatter(
         ),
     ):
         figure.add_scattergl(
-            x=np.log10(density[chosen]).astype(np.float32),
+            x=density[chosen].astype(np.float32),
             y=strength[chosen].astype(np.float32),
-            customdata=np.stack([features[chosen], 100 * density[chosen]], axis=1).astype(np.float32),
+            customdata=features[chosen].astype(np.int32),
             text=[text[i] for i in np.flatnonzero(chosen)] if text else None,
             mode="markers",
             marker={"size": 6, "opacity": 0.75, **marker},
-            hovertemplate="<b>feature %{customdata[0]}</b>"
+            hovertemplate="<b>feature %{customdata}</b>"
             + ("<br>%{text}" if text else "")
-            + "<br>fires on %{customdata[1]:.3r}% of tokens"
-            + f"<br>{strength_name} activation %{{y:.3r}}<extra></extra>",
+            + f"<br>fires on %{{x:.2%}} of tokens<br>{strength_name} activation %{{y:.3r}}<extra></extra>",
         )
     figure.update_layout(**_LAYOUT, height=400, dragmode="pan", clickmode="event+select")
-    figure.update_xaxes(title="log₁₀ density (share of tokens on which it fires)", zeroline=False)
+    figure.update_xaxes(
+        title="density (share of tokens on which it fires)",
+        type="log",
+        tickvals=[10.0**power for power in POWERS],
+        ticktext=[f"10<sup>{power}</sup>" for power in POWERS],
+        zeroline=False,
+    )
     ticks = _decade_ticks(float(strength.min()), float(strength.max())) if len(strength) else []
     figure.update_yaxes(
         title=f"{strength_name} activation",
@@ -90,7 +96,7 @@ def feature_scatter(
 
 
 def density_histogram(density: np.ndarray) -> go.Figure:
-    """How many features fire how often; ``density [n]`` above 0."""
+    """How many features fire how often; ``density [n]`` above 0. The browser counts them into bins of log10."""
     figure = go.Figure(
         go.Histogram(
             x=np.log10(density).astype(np.float32),
@@ -100,7 +106,10 @@ def density_histogram(density: np.ndarray) -> go.Figure:
         )
     )
     figure.update_layout(**_LAYOUT, height=400, bargap=0.04)
-    figure.update_xaxes(title="log₁₀ density")
+    powers = list(range(-9, 1))
+    figure.update_xaxes(
+        title="density", tickvals=powers, ticktext=[f"10<sup>{power}</sup>" for power in powers]
+    )
     figure.update_yaxes(title="features")
     return figure
 

@@ -10,7 +10,7 @@ from html import escape
 
 STYLE_SHEET = """
 <style>
-:root { --heat: 234 124 30; --cold: 58 124 196; --faint: color-mix(in srgb, currentColor 60%, transparent); }
+:root { --heat: 234 124 30; --cold: 58 124 196; }
 .stMainBlockContainer { max-width: 1360px; }
 .stHtml { overflow-wrap: anywhere; }
 .stHtml p { margin: 0; }
@@ -76,7 +76,7 @@ STYLE_SHEET = """
 .stHtml table.bars th { font-weight: 500; font-size: .76rem; text-align: right; padding: 0 .1rem .15rem .6rem;
   white-space: nowrap; color: color-mix(in srgb, currentColor 58%, transparent); border: none; }
 .stHtml table.bars th:first-child { text-align: left; padding-left: 0; }
-.stHtml .digits { display: inline-block; min-width: 2.9rem; }
+.stHtml .digits { display: inline-block; min-width: 3.3rem; }
 .stHtml table.bars td { padding: .17rem .1rem .17rem .6rem; border: none; text-align: right; white-space: nowrap; }
 .stHtml table.bars td:first-child { text-align: left; padding-left: 0; white-space: normal; max-width: 0; width: 99%; }
 .stHtml .bar { display: inline-block; height: .58rem; width: 4.2rem; border-radius: 3px; vertical-align: middle;

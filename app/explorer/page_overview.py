@@ -86,15 +86,14 @@ def _card(
     """One metric with its interval and its controls; a share of 1 gets a picture of them."""
 
     def figure(value: float | None) -> str:
-        return "–" if value is None else number(value)
+        return "–" if value is None else f"{value:.3f}"
 
     low, high = evaluation["intervals"].get(key) or (None, None)
     controls = {
         CONTROL_NAMES.get(n, n): c[key] for n, c in evaluation["controls"].items() if c.get(key) is not None
     }
     notes = [f"95%: {figure(low)} to {figure(high)}"] if low is not None and low != high else []
-    if key != "l0":
-        notes += [f"{control}: {figure(value)}" for control, value in controls.items()]
+    notes += [f"{control}: {figure(value)}" for control, value in controls.items()]
     track = track_html(low, high, controls) if is_share and low is not None and high is not None else ""
     return Card(name, figure(evaluation[key]), notes, definition, track)
 
@@ -147,7 +146,7 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
         st.plotly_chart(
             density_histogram(index.density[firing]), key="density", config={"displayModeBar": False}
         )
-    caught = sorted({int(point["customdata"][0]) for point in event.selection.points})
+    caught = sorted({int(point["customdata"]) for point in event.selection.points})
     if event.selection.box or event.selection.lasso:
         return np.array(caught, dtype=np.int64)
     if caught:

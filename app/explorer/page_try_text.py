@@ -152,12 +152,16 @@ def _feature_rows(run: Run, found: list[tuple[int, float]], shown: int | None) -
     for feature, activation in found:
         maximum = float(run.index.max[feature])
         share = activation / maximum if maximum else 0.0
-        label = f'<span class="{"chosen" if feature == shown else ""}">{escape(name_of(run, feature))}</span>'
+        name = escape(name_of(run, feature))
+        number_link = link(feature_address(feature), str(feature), title="open this feature")
+        label = f'<span class="{"chosen" if feature == shown else ""}">{name}</span>'
+        label_link = pick(
+            {"feature": feature}, label, title="colour the text by this feature", classes="quiet"
+        )
         rows.append(
             [
-                f'<span class="ellipsis" title="{escape(name_of(run, feature))}">{link(feature_address(feature), str(feature), title="open this feature")}'
-                f" {pick({'feature': feature}, label, title='colour the text by this', classes='quiet')}</span>",
-                f"{number(activation)}",
+                f'<span class="ellipsis" title="{name}">{number_link} {label_link}</span>',
+                number(activation),
                 bar(share, f"{share:.0%}"),
             ]
         )

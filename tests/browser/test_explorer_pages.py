@@ -58,9 +58,9 @@ def test_overview_shows_the_evaluation(window: Open, run: Run) -> None:
         ("Explained variance", "explained_variance"),
         ("CE loss recovered", "ce_loss_recovered"),
     ):
-        assert page.card(name) == number(evaluation[key])
+        assert page.card(name) == f"{evaluation[key]:.3f}"
         low, high = evaluation["intervals"][key]
-        assert f"95%: {number(low)} to {number(high)}" in page.text
+        assert f"95%: {low:.3f} to {high:.3f}" in page.text
     assert page.card("L0") == number(evaluation["l0"])
     assert page.card("Dead features") == percent(evaluation["dead_fraction"])
 
@@ -74,7 +74,7 @@ def test_a_click_in_the_scatter_opens_that_feature_and_back_works(window: Open, 
         """plot => {
             const box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout, found = [];
             plot._fullData.forEach(trace => Array.from(trace.x).forEach((x, i) => found.push([
-                trace.customdata[i][0],
+                trace.customdata[i],
                 box.x + xaxis._offset + xaxis.d2p(x), box.y + yaxis._offset + yaxis.d2p(trace.y[i])])));
             return found;
         }"""
@@ -101,11 +101,11 @@ def test_a_click_in_the_scatter_opens_that_feature_and_back_works(window: Open, 
 def test_a_frame_in_the_scatter_lists_what_it_catches(window: Open, run: Run) -> None:
     page = window()
     plot = page.page.locator(".js-plotly-plot").first
+    plot.hover()  # scrolls, and shows the tools
     box = plot.bounding_box()
     assert box
-    plot.hover()
     page.page.locator('.modebar-btn[data-title="Box Select"]').first.click()
-    page.page.mouse.move(box["x"] + 60, box["y"] + 40)
+    page.page.mouse.move(box["x"] + 90, box["y"] + 60)
     page.page.mouse.down()
     page.page.mouse.move(box["x"] + box["width"] - 120, box["y"] + box["height"] - 70, steps=8)
     page.page.mouse.up()

@@ -1,0 +1,373 @@
+"""The sparse path against the dense formula and its autograd, in float64, to 1e-10."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sae import sparse
+from sae.architectures import relu as relu_module
+from sae.architectures.base import Loss, Weights
+from sae.architectures.relu import ReLU
+from sae.architectures.topk import TopK
+from sae.codes import Pattern, SparseCodes
+from sae.config import SAEConfig, TrainConfig
+from sae.train import Trainer
+
+NAMES = ("encoder_rows", "b_enc", "W_dec", "b_dec")
+
+
+@dataclass
+class Problem:
+    """Inputs and weights in float64; the weights want gradients."""
+
+    x: Tensor
+    weights: Weights
+    k: int
+
+    @property
+    def pre(self) -> Tensor:
+        """Dense pre-activations ``[n, d_sae]``, differentiable."""
+        return (self.x - self.weights.b_dec) @ self.weights.encoder_rows.T + self.weights.b_enc
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(loss, [getattr(self.weights, name) for name in NAMES], allow_unused=True)
+        return dict(zip(NAMES, (torch.zeros(()) if g is None else g for g in found), strict=True))
+
+
+def problem(
+    n: int, d_in: int, d_sae: int, k: int, change: Callable[[Tensor, dict[str, Tensor]], None] | None = None
+) -> Problem:
+    generator = torch.Generator().manual_seed(n + d_sae)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = random(n, d_in)
+    tensors = dict(
+        zip(NAMES, (random(d_sae, d_in), random(d_sae), random(d_sae, d_in), random(d_in)), strict=True)
+    )
+    if change:
+        change(x, tensors)
+    return Problem(x, Weights(**{name: tensor.requires_grad_() for name, tensor in tensors.items()}), k)
+
+
+def few_positives(x: Tensor, w: dict[str, Tensor]) -> None:
+    w["b_enc"] -= 8  # about one feature in a hundred stays positive
+
+
+def no_positives(x: Tensor, w: dict[str, Tensor]) -> None:
+    w["b_enc"] -= 1000
+
+
+def ties(x: Tensor, w: dict[str, Tensor]) -> None:
+    """Whole numbers, and every feature twice: the k-th largest value is hardly ever unique."""
+    for tensor in (x, *w.values()):
+        tensor.round_()
+    half = len(w["b_enc"]) // 2
+    w["encoder_rows"][half : 2 * half] = w["encoder_rows"][:half]
+    w["b_enc"][half : 2 * half] = w["b_enc"][:half]
+
+
+def zero_row(x: Tensor, w: dict[str, Tensor]) -> None:
+    """One row whose pre-activations are all exactly 0, where ReLU has gradient 0."""
+    w["b_enc"].zero_()
+    x[0] = w["b_dec"]
+
+
+def zero_input(x: Tensor, w: dict[str, Tensor]) -> None:
+    x[0] = 0
+
+
+def active_everywhere(x: Tensor, w: dict[str, Tensor]) -> None:
+    w["b_enc"][3] = 100
+
+
+CASES: dict[str, Callable[[], Problem]] = {
+    "plain": lambda: problem(37, 6, 64, 5),
+    "short batch": lambda: problem(7, 6, 64, 5),
+    "one row": lambda: problem(1, 6, 64, 5),
+    "three rounds of the tournament": lambda: problem(37, 6, 1024, 2),
+    "d_sae not divisible by 16": lambda: problem(37, 6, 70, 3),
+    "d_sae odd": lambda: problem(37, 6, 67, 3),
+    "d_sae divisible by 4 once": lambda: problem(37, 6, 68, 3),
+    "k = 1": lambda: problem(37, 6, 64, 1),
+    "k = d_sae - 1": lambda: problem(37, 6, 16, 15),
+    "fewer than k positives": lambda: problem(37, 6, 64, 5, few_positives),
+    "no positives": lambda: problem(37, 6, 64, 5, no_positives),
+    "ties": lambda: problem(37, 6, 64, 5, ties),
+    "ties in the tournament": lambda: problem(37, 6, 256, 4, ties),
+    "all-zero pre-activations": lambda: problem(37, 6, 64, 5, zero_row),
+    "all-zero input": lambda: problem(37, 6, 64, 5, zero_input),
+    "a feature active in every row": lambda: problem(37, 6, 64, 5, active_everywhere),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Problem:
+    return CASES[request.param]()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 rows (the smallest), so that 37 rows are three of them, the last one incomplete."""
+    monkeypatch.setattr(sparse, "_TILE_ROWS", 1)
+    assert sparse.tile_rows(64) == 16
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in NAMES:
+        close(found[name], expected[name])
+
+
+def support_of(pattern: Pattern) -> Tensor:
+    """Bool ``[n, d_sae]``: what the pattern selects."""
+    return SparseCodes(pattern, torch.ones(pattern.indices.shape)).to_dense() > 0
+
+
+# ---- TopK
+
+
+def test_selection_is_a_top_k(case: Problem, small_tiles: None) -> None:
+    """The selected values are torch.topk's (as a multiset: ties may be broken either way), at the places named."""
+    w = case.weights
+    codes = sparse.topk_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc, case.k)
+    assert codes.indices.shape == codes.values.shape == (len(case.x), case.k)
+    assert codes.indices.dtype == torch.int32
+    assert bool((support_of(codes.pattern).sum(1) == case.k).all())
+    clipped = case.pre.detach().relu()
+    close(codes.values.detach(), clipped.gather(1, codes.indices.long()))
+    close(codes.values.detach().sort(1).values, clipped.topk(case.k).values.sort(1).values)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_topk_values_and_gradients_equal_the_dense_formula(
+    case: Problem, small_tiles: None, relu: bool
+) -> None:
+    w = case.weights
+    codes = sparse.topk_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc, case.k, relu=relu)
+    output = sparse.decode(codes, w.W_dec, w.b_dec)
+    support = support_of(codes.pattern)
+    dense = torch.where(support, case.pre.relu() if relu else case.pre, 0.0)
+    expected = dense @ w.W_dec + w.b_dec
+    close(output, expected)
+    # Any function will do that depends on the outputs and, as a sparsity penalty would, on the values themselves.
+    towards, slope = torch.randn_like(expected), torch.randn_like(dense)
+    slopes = slope.gather(1, codes.indices.long())
+    found = case.gradients((output - towards).square().sum() + (codes.values * slopes).sum())
+    same_gradients(found, case.gradients((expected - towards).square().sum() + (dense * slope).sum()))
+
+
+def test_topk_loss_equals_the_dense_formula(case: Problem) -> None:
+    w = case.weights
+    loss = TopK(len(w.b_enc), case.k).loss(w, case.x, torch.tensor([], dtype=torch.int64), 0.5)
+    codes = sparse.topk_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc, case.k)
+    dense = torch.where(support_of(codes.pattern), case.pre.relu(), 0.0)
+    expected = (dense @ w.W_dec + w.b_dec - case.x).square().sum(1).mean()
+    close(loss.total, expected)
+    close(loss.terms["mse"], expected.detach())
+    same_gradients(case.gradients(loss.total), case.gradients(expected))
+    assert int(loss.entries) == int((dense != 0).sum())
+    assert torch.equal(loss.fired, (dense != 0).any(0))
+
+
+@pytest.mark.parametrize("n_dead", [1, 3, 20])
+def test_auxk_trains_the_dead_features_encoder_too(n_dead: int) -> None:
+    """d_in // 2 = 4 dead features at most are used per row: fewer than that, and more, than there are dead."""
+
+    def bury(x: Tensor, w: dict[str, Tensor]) -> None:
+        w["b_enc"][:n_dead] = -50
+
+    this = problem(37, 8, 64, 5, bury)
+    w, dead = this.weights, torch.arange(n_dead)
+    loss = TopK(64, 5, auxk=1 / 32).loss(w, this.x, dead, 0.5)
+    codes = sparse.topk_codes(this.x, w.b_dec, w.encoder_rows, w.b_enc, 5)
+    main = torch.where(support_of(codes.pattern), this.pre.relu(), 0.0) @ w.W_dec + w.b_dec
+    mse = (main - this.x).square().sum(1).mean()
+    error = (this.x - main).detach()
+    # The module's equation, dense: unclipped pre-activations of the dead, b_dec held fixed.
+    pre = (this.x - w.b_dec.detach()) @ w.encoder_rows[dead].T + w.b_enc[dead]
+    support = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(min(4, n_dead)).indices, True)
+    estimate = torch.where(support, pre, 0.0) @ w.W_dec[dead]
+    scale = this.x.square().sum() / error.square().sum() * min(n_dead / 4, 1.0)
+    expected = mse + 1 / 32 * scale * (estimate - error).square().sum(1).mean()
+    close(loss.total, expected)
+    found = this.gradients(loss.total)
+    same_gradients(found, this.gradients(expected))
+    assert not bool(loss.fired[dead].any())
+    chosen = support.any(0)
+    assert bool((found["encoder_rows"][dead][chosen].norm(dim=1) > 0).all())
+    assert bool((found["b_enc"][dead][chosen] != 0).all())
+
+
+def test_one_transposed_structure_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    argsort = Tensor.argsort
+    monkeypatch.setattr(
+        Tensor, "argsort", lambda *args, **kwargs: built.append(1) or argsort(*args, **kwargs)
+    )
+    this = CASES["plain"]()
+    loss = TopK(64, 5).loss(this.weights, this.x, torch.tensor([], dtype=torch.int64), 0.5)
+    loss.total.backward()
+    assert len(built) == 1
+
+
+# ---- ReLU
+
+
+def dense_relu(this: Problem, l1: float) -> tuple[Tensor, Tensor]:
+    """The loss of ``sae/architectures/relu.py``, written out, and the dense activations."""
+    f = this.pre.relu()
+    w = this.weights
+    mse = (f @ w.W_dec + w.b_dec - this.x).square().sum(1).mean()
+    return mse + l1 * (f * w.W_dec.norm(dim=1)).sum(1).mean(), f
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense tiles"])
+def test_relu_loss_equals_the_dense_formula(
+    case: Problem, small_tiles: None, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relu_module, "SPARSE_BELOW", 2.0 if path == "sparse" else -1.0)
+    d_sae = len(case.weights.b_enc)
+    loss = ReLU(d_sae, l1=3.0).loss(case.weights, case.x, torch.tensor([], dtype=torch.int64), 1.0)
+    expected, f = dense_relu(case, 3.0)
+    close(loss.total, expected)
+    same_gradients(case.gradients(loss.total), case.gradients(expected))
+    close(loss.terms["mse"] + 3.0 * loss.terms["l1"], expected.detach())
+    assert int(loss.entries) == int((f > 0).sum())
+    assert torch.equal(loss.fired, (f > 0).any(0))
+
+
+def test_relu_codes_equal_the_dense_formula(case: Problem, small_tiles: None) -> None:
+    w = case.weights
+    codes = sparse.relu_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc)
+    close(codes.to_dense().detach(), case.pre.detach().relu())
+    close(sparse.decode(codes, w.W_dec, w.b_dec), case.pre.relu() @ w.W_dec + w.b_dec)
+
+
+# ---- the parts
+
+
+@pytest.mark.parametrize("layout", ["fixed", "ragged"])
+def test_gathered_dots(layout: str) -> None:
+    """PyTorch's private kernel and the plain fallback both equal the dense product at the selected places."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (11, 30))
+    if layout == "fixed":
+        pattern = Pattern(
+            30, torch.stack([torch.randperm(30, generator=generator)[:4] for _ in range(11)]).int()
+        )
+    else:
+        pattern = SparseCodes.from_dense((torch.rand(11, 30, generator=generator) > 0.8).float()).pattern
+    assert hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward")
+    rows, features = pattern.rows(), pattern.indices.flatten().long()
+    expected = (left @ right.T)[rows, features].view(pattern.indices.shape)
+    close(sparse.gathered_dots(left, right, pattern), expected)
+    close(sparse._gathered_dots_plain(left, right, pattern, chunk=7), expected)
+
+
+def test_gradients_without_the_private_kernel(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = case.weights
+
+    def gradients() -> dict[str, Tensor]:
+        codes = sparse.topk_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc, case.k)
+        return case.gradients((sparse.decode(codes, w.W_dec, w.b_dec) - case.x).square().sum())
+
+    with_kernel = gradients()
+    monkeypatch.setattr(sparse, "gathered_dots", sparse._gathered_dots_plain)
+    same_gradients(gradients(), with_kernel)
+
+
+@pytest.mark.parametrize("n", [0, 1, 300])
+def test_threads_change_no_bit(n: int, two_threads: None) -> None:
+    """Every tile is computed on one thread, whatever their number."""
+    x, rows, bias = torch.randn(n, 16), torch.randn(512, 16), torch.randn(512)
+    two = sparse.encode_topk(x, rows, bias, 4)
+    torch.set_num_threads(1)
+    one = sparse.encode_topk(x, rows, bias, 4)
+    assert one[0].shape == (n, 4)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_scratch_memory_made_in_inference_mode_serves_outside() -> None:
+    x, rows, bias = torch.randn(300, 16), torch.randn(512, 16), torch.randn(512)
+    sparse._workspace.__dict__.clear()
+    with torch.inference_mode():
+        inside = sparse.encode_topk(x, rows, bias, 4)
+    assert torch.equal(sparse.encode_topk(x, rows, bias, 4)[0], inside[0])
+
+
+# ---- memory and determinism
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operator gave back, and the operators' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.operators: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.operators.add(func.__name__)
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("architecture", ["topk", "topk with dead features", "relu", "relu in dense tiles"])
+def test_no_tensor_is_as_large_as_n_times_d_sae(architecture: str, small_tiles: None) -> None:
+    """The largest is a tile of 16 rows, or the 64 rows from which ReLU judges the density, of 512 in the batch."""
+    n, d_in, d_sae = 512, 15, 512
+    change = few_positives if architecture == "relu" else None
+    this = problem(n, d_in, d_sae, 4, change)
+    if architecture == "relu":
+        this.weights.b_enc.data -= 4
+    dead = torch.arange(3 if architecture == "topk with dead features" else 0)
+
+    def loss() -> Loss:
+        kind = TopK(d_sae, 4) if architecture.startswith("topk") else ReLU(d_sae, 1.0)
+        return kind.loss(this.weights, this.x, dead, 1.0)
+
+    with LargestTensor() as watch:
+        loss().total.backward()
+    if architecture != "relu in dense tiles":  # the backward pass was watched too
+        assert "_embedding_bag_per_sample_weights_backward.default" in watch.operators
+    assert this.weights.encoder_rows.grad is not None
+    assert 16 * d_sae <= watch.largest <= (16 if architecture.startswith("topk") else 64) * d_sae
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_two_runs_give_the_same_bits(architecture: str, two_threads: None) -> None:
+    assert torch.are_deterministic_algorithms_enabled()
+    kind = SAEConfig(architecture="topk" if architecture == "topk" else "relu", d_sae=256, k=8)
+    config = TrainConfig(tokens=100_000, batch_tokens=700, learning_rate=1e-2, sae=kind)
+
+    def weights() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        trainer = Trainer(config, torch.zeros(16), 1.0)
+        trainer.dead_window = 1000  # so that the auxiliary loss takes part
+        for _ in range(6):
+            trainer.step(torch.randn(700, 16, generator=generator))
+        return {name: tensor.detach().clone() for name, tensor in trainer.weights.tensors().items()}
+
+    first, second = weights(), weights()
+    for name in NAMES:
+        assert torch.equal(first[name], second[name])
