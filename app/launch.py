@@ -32,27 +32,27 @@ def launch(run_folder: str | Path, port: int | None = None, browser: bool = True
         browser: whether to open the web browser.
 
     Raises:
-        InputError: the folder is no run or has no feature index, the port is taken, or Streamlit does not start.
+        InputError: the folder is no run or has no feature index, the port is taken or none, or Streamlit does not start.
     """
     folder = Path(run_folder)
     check_explorable(folder)
     if port is None:
         port = next_free_port()
+    elif not 1 <= port <= 65535:
+        raise InputError(f"There is no port {port}: name one from 1 to 65535.")
     elif not _is_free(port):
         raise InputError(f"Port {port} is taken: name another, or leave it out to get the next free one.")
     address = f"http://{HOST}:{port}"
-    with _terminated_like_interrupted(), served(folder, port) as process:
-        print(f"Explorer of {folder}: {address}  (Ctrl-C ends it)", flush=True)
-        if browser:
-            webbrowser.open(address)
-        try:
+    try:
+        with _terminated_like_interrupted(), served(folder, port) as process:
+            print(f"Explorer of {folder}: {address}  (Ctrl-C ends it)", flush=True)
+            if browser:
+                webbrowser.open(address)
             process.wait()
-        except KeyboardInterrupt:
-            print("\nExplorer closed.")
-            return
-    raise InputError(
-        f"The explorer ended by itself, with exit status {process.returncode}; its last words are above."
-    )
+    except KeyboardInterrupt:
+        print("\nExplorer closed.")
+        return
+    raise InputError(f"The explorer ended by itself, with exit status {process.returncode}; see above.")
 
 
 def check_explorable(folder: Path) -> None:
@@ -172,4 +172,10 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex((HOST, port)) != 0
+        if os.name == "posix":  # where it only means that connections which have just ended do not count
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True

@@ -146,10 +146,14 @@ def choose_demonstration(
     edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
     seeds = range(seed, seed + SHOWN_SEEDS)
     pairs = [
-        steer(model, [edit], prompt, seed=s, max_new_tokens=max_new_tokens, temperature=temperature) for s in seeds
+        steer(model, [edit], prompt, seed=s, max_new_tokens=max_new_tokens, temperature=temperature)
+        for s in seeds
     ]
     final = np.array(
-        [[promoted_share(model, text, own[feature]) for text in (pair.default, pair.steered)] for pair in pairs]
+        [
+            [promoted_share(model, text, own[feature]) for text in (pair.default, pair.steered)]
+            for pair in pairs
+        ]
     )
     shown = int(np.argsort(final[:, 1] - final[:, 0], kind="stable")[SHOWN_SEEDS // 2])
     pair = pairs[shown]

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-
 from activations.blocks import TokenBlocks
 from activations.corpus import Corpus, Split
 from activations.errors import InputError
@@ -231,7 +230,10 @@ class Pipeline:
         if path.is_file():
             content = read_json(path)
             inputs = {"model": self.model.hash, "sae": sae.hash, "tokens": blocks.hash}
-            if content.pop("format_version", None) == FORMAT_VERSION and inputs.items() <= content["inputs"].items():
+            if (
+                content.pop("format_version", None) == FORMAT_VERSION
+                and inputs.items() <= content["inputs"].items()
+            ):
                 return Evaluation.from_json(content)
         n_blocks = -(-REFERENCE_ROWS // self.context_length)
         reference = reference_activations(self.model, sae, self.train_blocks.first(n_blocks))

@@ -22,7 +22,7 @@ from torch.nn.functional import embedding_bag
 from activations.capture import single_threaded_workers
 from sae.codes import Pattern, SparseCodes
 
-_TILE_ROWS = 256  # the product then runs at nearly its full rate (every tile packs the weights once more)
+_TILE_ROWS = 512  # the product then runs at nearly its full rate (every tile packs the weights once more)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
 _RUNS = 4
 
@@ -86,8 +86,9 @@ def map_tiles(
             torch.addmm(bias, rows, weights.t(), out=tile)
         return work(tile)
 
-    tiles = inputs.split(tile_rows(d_sae, centred.element_size()))
-    n_workers = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
+    n_threads = torch.get_num_threads() if on_cpu else 1
+    tiles = inputs.split(min(tile_rows(d_sae, centred.element_size()), max(16, math.ceil(n / n_threads))))
+    n_workers = min(n_threads, len(tiles))
     return list(map(one, tiles) if n_workers == 1 else _workers(n_workers).map(one, tiles))
 
 

@@ -157,7 +157,12 @@ def test_help_is_quick_to_import(tmp_path: Path) -> None:
     """``sae --help`` loads nothing heavy; its half second is mostly Python's own start."""
     code = "import sys; sys.argv = ['sae', '--help']; from app.cli import main; main(); print(sorted(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for heavy in ("torch", "numpy", "transformers", "streamlit", "tyro", "rich"):
         assert f"'{heavy}'" not in done.stdout
@@ -195,7 +200,7 @@ def test_bad_settings_get_one_sentence_and_leave_no_trace(tmp_path: Path, sae: C
         "k is 16, and must be at least 1 and less than the number of features, 16."
     )
     assert refused("--corpus.source", tmp_path / "missing") == (
-        f"Corpus {tmp_path / 'missing'} does not exist: give \"python\", or a file, folder or glob of .txt, .md, .py,"
+        f'Corpus {tmp_path / "missing"} does not exist: give "python", or a file, folder or glob of .txt, .md, .py,'
         " .jsonl files."
     )
     assert refused("--corpus.source", tmp_path / "empty") == (
@@ -216,12 +221,20 @@ def test_bad_settings_get_one_sentence_and_leave_no_trace(tmp_path: Path, sae: C
         "blocks.3.hook_resid_posst does not exist; did you mean blocks.3.hook_resid_post?"
     )
     assert refused("--tokens", "0") == "tokens is 0, and must be at least 1."
-    assert refused("--context-length", "512") == "context_length is 512, and builtin reads at most 256 tokens."
+    assert (
+        refused("--context-length", "512") == "context_length is 512, and builtin reads at most 256 tokens."
+    )
     assert sae.refused("demo", "--out", tmp_path / "notes") == (
         f"{tmp_path / 'notes'} holds files that are not a run's: give an empty or new folder."
     )
-    assert sae.refused("evaluate", tmp_path / "notes") == f"{tmp_path / 'notes'} is not a run: it has no run.toml."
-    assert sae.refused("explore", tmp_path / "notes") == f"{tmp_path / 'notes'} is not a run: it has no run.toml."
+    assert (
+        sae.refused("evaluate", tmp_path / "notes")
+        == f"{tmp_path / 'notes'} is not a run: it has no run.toml."
+    )
+    assert (
+        sae.refused("explore", tmp_path / "notes")
+        == f"{tmp_path / 'notes'} is not a run: it has no run.toml."
+    )
     assert sae.refused("info") == "sae info takes a run folder or --model NAME, one of the two."
     assert sae.refused("teach") == (
         "sae has no verb 'teach': it knows demo, train, evaluate, index, steer, explore, info."
@@ -235,7 +248,10 @@ def test_broken_run_folders(demo: tuple[Path, str], tmp_path: Path, sae: Command
     weights = folder / "sae" / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     before = tree(folder)
-    assert sae.refused("steer", folder, "5", "def ") == f"{weights} is corrupt: it is not a readable safetensors file."
+    assert (
+        sae.refused("steer", folder, "5", "def ")
+        == f"{weights} is corrupt: it is not a readable safetensors file."
+    )
     assert sae.refused("evaluate", folder) == f"{weights} is corrupt: it is not a readable safetensors file."
     assert tree(folder) == before
     shutil.rmtree(folder / "sae")
@@ -257,7 +273,9 @@ def test_a_model_that_is_nowhere_is_refused_within_ten_seconds(tmp_path: Path) -
     """Whatever the network is like, the hub's address leads nowhere here."""
     words = [sys.executable, "-m", "app.cli", "train", "--out", "run", "--model", "nowhere/to-be-found"]
     nowhere = {**environment(), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(words, cwd=tmp_path, env=nowhere, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=nowhere, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "sae: nowhere/to-be-found is no folder, and the Hugging Face hub cannot be reached to look for a model of"
@@ -276,7 +294,12 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, limit: int) -> None:
         "sys.argv = ['sae', 'demo', '--tokens', '20000', '--out', 'run']; main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     sentences: Sequence[str] = done.stderr.strip().splitlines()

@@ -362,6 +362,8 @@ def test_a_taken_port_is_refused_or_skipped(run_folder: Path) -> None:
         assert launch.next_free_port(port) > port
         with pytest.raises(InputError, match=f"Port {port} is taken"):
             launch.launch(run_folder, port=port, browser=False)
+    with pytest.raises(InputError, match="There is no port 99999"):
+        launch.launch(run_folder, port=99999, browser=False)
 
 
 def test_no_module_of_the_explorer_hides_another() -> None:

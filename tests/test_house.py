@@ -32,7 +32,16 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_no_explorer_module_bears_the_name_of_a_package() -> None:
     """Streamlit puts the pages' folder first on the path: a page named sae.py would hide the package."""
     names = {path.stem for path in (ROOT / "app" / "explorer").glob("*.py")}
-    assert not names & {*FLOORS, *sys.stdlib_module_names, "torch", "numpy", "plotly", "streamlit", "rich", "tyro"}
+    assert not names & {
+        *FLOORS,
+        *sys.stdlib_module_names,
+        "torch",
+        "numpy",
+        "plotly",
+        "streamlit",
+        "rich",
+        "tyro",
+    }
 
 
 def test_packages_import_nothing_heavy() -> None:

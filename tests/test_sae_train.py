@@ -100,7 +100,14 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str
     mean, scale = moments(whole)
     expected = train(settings, whole, mean, scale, tmp_path / "whole", inputs={"a": 1})
     with pytest.raises(KeyboardInterrupt):
-        train(settings, PlantedBatches(120, dies_after=dies_after), mean, scale, tmp_path / "cut", inputs={"a": 1})
+        train(
+            settings,
+            PlantedBatches(120, dies_after=dies_after),
+            mean,
+            scale,
+            tmp_path / "cut",
+            inputs={"a": 1},
+        )
     assert (tmp_path / "cut" / "checkpoints").is_dir()
     resumed = PlantedBatches(120)
     sae = train(settings, resumed, mean, scale, tmp_path / "cut", inputs={"a": 1})

@@ -66,7 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     print_demonstration(shown, pipeline.model, labels, given.out)
     _tidy_up(pipeline, given.keep_activations)
     folder = given.out
-    console.print(f"\nEverything is in {folder}/: sae/, evaluation.json, features/, labels.sqlite.", soft_wrap=True)
+    console.print(
+        f"\nEverything is in {folder}/: sae/, evaluation.json, features/, labels.sqlite.", soft_wrap=True
+    )
     console.print(f"Open the explorer with:  sae explore {folder}", soft_wrap=True)
 
 

@@ -61,7 +61,9 @@ def _describe_run(path: Path) -> None:
 
     config, folder = read_run_config(path), RunFolder(path)
     sae = config.sae
-    shape = f"{sae.architecture}, {sae.d_sae:,} features" + (f", k {sae.k}" if sae.architecture == "topk" else "")
+    shape = f"{sae.architecture}, {sae.d_sae:,} features" + (
+        f", k {sae.k}" if sae.architecture == "topk" else ""
+    )
     stages = {
         "SAE": folder.sae,
         "evaluation": folder.evaluation,

@@ -39,7 +39,9 @@ def print_demonstration(shown: Demonstration, model: LanguageModel, labels: Labe
     label = labels.get(shown.feature)
     vocabulary = model.tokenizer.vocabulary()
     own = " ".join(f"{visible(vocabulary[token])}" for token in shown.own_tokens)
-    console.print(f"  Feature {shown.feature}" + (f", {label.text}" if label else ""), soft_wrap=True, markup=False)
+    console.print(
+        f"  Feature {shown.feature}" + (f", {label.text}" if label else ""), soft_wrap=True, markup=False
+    )
     console.print(f"  Its own tokens: {own}", soft_wrap=True, markup=False)
     strength = f"{shown.method} at {shown.strength:g} × its maximum"
     for title, text in (("default", shown.default), (f"steered, {strength}", shown.steered)):

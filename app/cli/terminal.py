@@ -52,7 +52,9 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Callable[[
     def say(elapsed: float) -> None:
         rate = done / max(elapsed, 1e-9)
         left = f", {max(total - done, 0) / rate:,.0f} s left" if done < total and rate else ""
-        console.print(f"  {description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}", soft_wrap=True)
+        console.print(
+            f"  {description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}", soft_wrap=True
+        )
 
     def step(n: int) -> None:
         nonlocal done, last

@@ -181,7 +181,7 @@ def _adding(run: Run, features: list[int]) -> None:
         go(_suggestion(run.folder.path.as_posix(), run))
 
 
-@st.cache_data(show_spinner="Trying features …", max_entries=1)
+@st.cache_data(show_spinner="Trying some features, ten seconds or more …", max_entries=1)
 def _suggestion(run_path: str, _run: Run) -> str:
     """Address of this page with the settings that a demonstration chose."""
     found = choose_demonstration(_run.model, _run.sae, _run.index)
