@@ -69,6 +69,11 @@ class TokenBlocks:
         """The first ``n_blocks`` blocks."""
         return replace(self, ids=self.ids[:n_blocks], documents=self.documents[:n_blocks])
 
+    def first_tokens(self, n_tokens: int) -> "TokenBlocks":
+        """As many of the first blocks as hold ``n_tokens`` tokens, padding left out; all where there are fewer."""
+        held = np.cumsum((self.documents != PADDING).sum(axis=1))
+        return self.first(min(int(np.searchsorted(held, n_tokens)) + 1, self.n_blocks))
+
     def ids_tensor(self, start: int, stop: int) -> "torch.Tensor":
         """Ids of blocks ``start`` to ``stop`` as int64 [stop - start, context_length]."""
         import torch

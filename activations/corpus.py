@@ -150,8 +150,9 @@ class Corpus:
         """Token blocks of a split that hold ``n_tokens`` tokens, or all there are where there are fewer.
 
         Documents are shuffled before tokens are cut, and only as many are tokenised as are needed. Where there is
-        more text than is asked for, no document gives more than half as much again as its even share (or four
-        contexts, if that is more): the beginnings of many documents say more than a few long ones whole.
+        more text than is asked for, every document first gives at most half as much again as its even share (or
+        four contexts, if that is more), since the beginnings of many documents say more than a few long ones
+        whole; what was cut off follows, as documents of its own, where that is not enough.
         ``test`` takes at most 1,024 tokens of a document, fewer where that is needed for 100 documents to take
         part.
 
@@ -187,26 +188,39 @@ class Corpus:
             split=split,
         )
         pack = packer.concatenated if config.packing == "concatenated" else packer.isolated
-        return pack(self._tokenised(entries, tokenizer, limit), n_tokens)
+        return pack(self._tokenised(entries, tokenizer, limit, rests=split != "test"), n_tokens)
 
     def _count(self) -> str:
         left_out = "".join(f", {count} left out: {reason}" for reason, count in self.left_out.items())
         return f"documents in all splits: {len(self._scan.entries)}{left_out}"
 
     def _tokenised(
-        self, entries: Sequence[_Entry], tokenizer: "Tokenizer", limit: int
+        self, entries: Sequence[_Entry], tokenizer: "Tokenizer", limit: int, *, rests: bool
     ) -> Iterator[tuple[str, list[int]]]:
-        """(name, ids) of each document, tokenised half a megabyte or so at a time."""
-        batch: list[Document] = []
-        characters = 0
-        for number, entry in enumerate(entries):
-            document = self._read(entry)
-            batch.append(document)
-            characters += len(document.text)
-            if characters >= _BATCH_CHARACTERS or number == len(entries) - 1:
-                for read, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                    yield read.name, ids[:limit]
-                batch, characters = [], 0
+        """(name, ids) of each document up to ``limit`` tokens; with ``rests``, then what was cut off of them."""
+        cut = []
+        for entry, ids in self._read_tokens(entries, tokenizer):
+            yield entry.name, ids[:limit]
+            if len(ids) > limit:
+                cut.append(entry)
+        if rests:
+            for entry, ids in self._read_tokens(cut, tokenizer):
+                yield entry.name, ids[limit:]
+
+    def _read_tokens(
+        self, entries: Sequence[_Entry], tokenizer: "Tokenizer"
+    ) -> Iterator[tuple[_Entry, list[int]]]:
+        """The ids of each document, tokenised half a megabyte or so at a time."""
+        batch: list[_Entry] = []
+        texts: list[str] = []
+        for entry in entries:
+            batch.append(entry)
+            texts.append(self._read(entry).text)
+            if sum(map(len, texts)) >= _BATCH_CHARACTERS:
+                yield from zip(batch, tokenizer.encode_batch(texts), strict=True)
+                batch, texts = [], []
+        if batch:
+            yield from zip(batch, tokenizer.encode_batch(texts), strict=True)
 
     def _order(self, split: Split) -> list[_Entry]:
         if split not in get_args(Split):

@@ -34,10 +34,18 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """The permissions that new files lack; mkstemp and mkdtemp give none to others whatever it says."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -82,10 +90,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     An exception inside the block leaves whatever was at ``path`` untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb+") as handle:
@@ -93,7 +103,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             retired = temporary.with_name(temporary.name + ".old")
             os.replace(path, retired)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(retired, path)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(temporary, path)
@@ -136,7 +150,7 @@ def is_finished(folder: Path, kind: str, inputs: Mapping[str, Any]) -> bool:
         manifest = read_manifest(folder, kind)
     except InputError:
         return False
-    return manifest["inputs"] == json.loads(json.dumps(dict(inputs)))
+    return manifest.get("inputs") == json.loads(json.dumps(dict(inputs)))
 
 
 def hash_json(value: Any) -> str:

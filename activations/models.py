@@ -35,6 +35,10 @@ from activations.tokenizer import Tokenizer
 RunPath = Literal["auto", "sdpa", "bridge"]
 
 
+NO_LIMIT = 2**31 - 1
+"""Context length of a model whose configuration names none (ALiBi, recurrent models)."""
+
+
 class LanguageModel:
     """A causal language model whose activations are captured and edited by TransformerLens hook name.
 
@@ -63,13 +67,18 @@ class LanguageModel:
     ):
         self.name = name
         self.tokenizer = tokenizer
+        config = config.get_text_config()
         self.config = config
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.n_heads: int = config.num_attention_heads
         self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
         self.d_vocab: int = config.vocab_size
-        self.context_length: int = config.max_position_embeddings
+        self.context_length: int = (
+            getattr(config, "max_position_embeddings", None)
+            or getattr(config, "seq_length", None)
+            or NO_LIMIT
+        )
         self._hf_model = hf_model
         self._bridge = bridge
         self._path = path

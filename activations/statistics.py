@@ -35,11 +35,11 @@ def measure_statistics(
     Raises:
         InputError: unknown hook, or no token that is not special.
     """
-    n_blocks = min(blocks.n_blocks, -(-SAMPLE_TOKENS // blocks.context_length))
+    blocks = blocks.first_tokens(SAMPLE_TOKENS)
     moments = Moments(model.width(hook_name))
     captured: list[tuple[int, Tensor]] = []
-    with progress("measure", total=n_blocks * blocks.context_length, unit="tokens") as step:
-        for start, activations in capture_blocks(model, blocks.first(n_blocks), [hook_name]):
+    with progress("measure", total=blocks.ids.size, unit="tokens") as step:
+        for start, activations in capture_blocks(model, blocks, [hook_name]):
             x = activations[hook_name]
             captured.append((start, x))
             step(x.shape[0] * x.shape[1])

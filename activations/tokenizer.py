@@ -139,7 +139,7 @@ class Tokenizer:
             definition = self._backend.to_str()
         else:
             definition = json.dumps([type(self._hf).__name__, sorted(self._hf.get_vocab().items())])
-        policy = json.dumps([self.bos_id, self.separator_id, sorted(self.special_ids)])
+        policy = json.dumps([self.bos_id, self.adds_bos, self.separator_id, sorted(self.special_ids)])
         return hashlib.sha256((definition + policy).encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:

@@ -32,7 +32,8 @@ def launch(run_folder: str | Path, port: int | None = None, browser: bool = True
         browser: whether to open the web browser.
 
     Raises:
-        InputError: the folder is no run or has no feature index, the port is taken or none, or Streamlit does not start.
+        InputError: the folder is no run or has no feature index, the port is taken or none,
+            or Streamlit does not start.
     """
     folder = Path(run_folder)
     check_explorable(folder)

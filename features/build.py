@@ -35,7 +35,7 @@ from features.lens import decoder_neighbours, logit_lens
 from features.statistics import HISTOGRAM_EDGES, ActivationStatistics
 from features.strings import StringTable
 from features.token_counts import TokenCounts
-from sae.model import SparseAutoencoder
+from sae.model import SparseAutoencoder, check_belongs
 
 SAMPLE = 64
 """Firings of each feature in the fair sample: some 13 for each quantile band, of which PER_BAND are kept."""
@@ -77,7 +77,6 @@ def build_index(
         "blocks_hash": blocks.hash,
         "hook_name": sae.hook_name,
         "max_norm": max_norm if np.isfinite(max_norm) else None,
-        "activations": "store" if activations is not None else str(model.dtype).removeprefix("torch."),
         **(inputs or {}),
     }
     if is_finished(folder, KIND, described):
@@ -212,12 +211,7 @@ def _text_arrays(blocks: TokenBlocks, vocabulary: list[str]) -> dict[str, np.nda
 def _check_belongs(
     model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: ActivationStore | None
 ) -> None:
-    width = model.width(sae.hook_name)
-    if width != sae.d_in:
-        raise InputError(
-            f"The SAE reads vectors of width {sae.d_in}, and {sae.hook_name} of {model.name} has width"
-            f" {width}: give the model that the SAE was trained on."
-        )
+    check_belongs(model, sae)
     if store is None:
         return
     if store.hook_name != sae.hook_name:

@@ -63,7 +63,8 @@ class Pipeline:
         sizes: tokens for index, scoring and evaluation; scaled to the training tokens by default.
         store_activations: capture the activations to disk before training (two bytes a number), so that several
             trainings and the index read them; without it, training computes them as it goes.
-        model: a loaded model to use in the place of ``config.model``.
+        model: a loaded model to use in the place of ``config.model``; the run remembers its name, and
+            :func:`features.run.open_run` takes it again.
 
     Raises:
         InputError: the folder holds something that is no run, or the settings cannot work.
@@ -80,8 +81,11 @@ class Pipeline:
         progress: Progress = silent,
     ) -> None:
         self.run = RunFolder(Path(folder))
+        self._on_disk = config is None
         if config is None:
             config = read_run_config(self.run.path)
+        if model is not None:
+            config = replace(config, model=model.name)
         config.check()
         self.config = config
         self.sizes = sizes or Sizes.for_training(config.tokens)
@@ -108,7 +112,9 @@ class Pipeline:
     @property
     def context_length(self) -> int:
         """Tokens per sequence."""
-        return self.config.context_length or min(self.model.context_length, LONGEST_CONTEXT)
+        if self.config.context_length is not None:
+            return self.config.context_length
+        return min(self.model.context_length, LONGEST_CONTEXT)
 
     def start(self) -> None:
         """Check the settings, read the corpus, and write ``run.toml`` and the token blocks.
@@ -119,7 +125,7 @@ class Pipeline:
             InputError: an unknown model, hook, layer or file, a corpus that is empty or has too few documents to
                 measure anything on, settings that cannot work.
         """
-        self.config.sae.check(self.model.width(self.config.hook_name))
+        self.config.sae.check()
         if self.context_length > self.model.context_length:
             raise InputError(
                 f"context_length is {self.context_length}, and {self.config.model} reads at most"
@@ -140,14 +146,27 @@ class Pipeline:
                 made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
 
     def tokens(self, split: Split, n_tokens: int) -> TokenBlocks:
-        """Token blocks of a split, from the run folder or made and kept there."""
-        inputs = self._token_inputs(n_tokens)
+        """Token blocks of a split, from the run folder or made and kept there.
+
+        In a run opened from disk they are those it was made with, whatever has become of the text since.
+        """
         folder = self.run.tokens / split
+        if self._on_disk and self._fit(folder, n_tokens):
+            return TokenBlocks.load(folder)
+        inputs = self._token_inputs(n_tokens)
         if TokenBlocks.is_finished(folder, inputs):
             return TokenBlocks.load(folder)
         blocks = self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
         blocks.save(folder, inputs)
         return blocks
+
+    def _fit(self, folder: Path, n_tokens: int) -> bool:
+        """Whether a folder holds token blocks of this tokenizer, number and length, from whatever text."""
+        if not (folder / MANIFEST).is_file():
+            return False
+        found = read_json(folder / MANIFEST).get("inputs", {})
+        wanted = {"tokenizer": self.model.tokenizer.hash, "tokens": n_tokens, "context": self.context_length}
+        return bool(wanted.items() <= found.items())
 
     def _token_inputs(self, n_tokens: int) -> dict[str, Any]:
         return {
@@ -174,11 +193,13 @@ class Pipeline:
         inputs = {
             "config": _as_inputs(config),
             "model": model.hash,
+            "dtype": str(model.dtype),
+            "device": model.device.type,
             "tokens": blocks.hash,
             "activations": "stored" if self.store_activations else "live",
         }
         if is_finished(self.run.sae, "sae", inputs):
-            return SparseAutoencoder.load(self.run.sae)
+            return self.sae()
         batch = config.resolved_batch_tokens()
         n_batches = config.n_steps()
         stream: ActivationStream
@@ -223,6 +244,10 @@ class Pipeline:
             progress=self.progress,
         )
 
+    def sae(self) -> SparseAutoencoder:
+        """The trained SAE, from the run folder, on the model's device."""
+        return SparseAutoencoder.load(self.run.sae).to(self.model.device)
+
     def evaluate(self, sae: SparseAutoencoder) -> Evaluation:
         """Measure the SAE on the test split into ``evaluation.json``, or read what was measured."""
         blocks = self.tokens("test", self.sizes.test_tokens)
@@ -235,19 +260,17 @@ class Pipeline:
                 and inputs.items() <= content["inputs"].items()
             ):
                 return Evaluation.from_json(content)
-        n_blocks = -(-REFERENCE_ROWS // self.context_length)
-        reference = reference_activations(self.model, sae, self.train_blocks.first(n_blocks))
+        reference = reference_activations(self.model, sae, self.train_blocks.first_tokens(REFERENCE_ROWS))
         evaluation = evaluate(self.model, sae, blocks, reference=reference, progress=self.progress)
         write_json(path, {"format_version": FORMAT_VERSION, **evaluation.to_json()})
         return evaluation
 
     def index(self, sae: SparseAutoencoder) -> FeatureIndex:
         """Build the feature index over the first training tokens, or open it."""
-        n_blocks = min(-(-self.sizes.index_tokens // self.context_length), self.train_blocks.n_blocks)
         return build_index(
             self.model,
             sae,
-            self.train_blocks.first(n_blocks),
+            self.train_blocks.first_tokens(self.sizes.index_tokens),
             self.run.index,
             activations=self._stored(),
             progress=self.progress,
@@ -262,12 +285,25 @@ class Pipeline:
         return store if fits and store.inputs["model"] == self.model.hash else None
 
     def label(self, sae: SparseAutoencoder, index: FeatureIndex) -> Labels:
-        """Give every feature a first label, scored on the score split; people's labels stay."""
+        """Give every feature a first label, scored on the score split; people's labels stay.
+
+        Labels of another SAE that this folder held are kept beside, as ``labels-<its hash>.sqlite``.
+        """
         blocks = self.tokens("score", self.sizes.score_tokens)
+        self._retire_labels(sae)
         labels = Labels.open(self.run.labels)
         if labels.inputs != label_inputs(sae, index, blocks):
             label_features(index, self.model, sae, blocks, labels, progress=self.progress)
         return labels
+
+    def _retire_labels(self, sae: SparseAutoencoder) -> None:
+        """Feature numbers mean nothing to another SAE: put its labels aside."""
+        described = Labels.open(self.run.labels).inputs
+        if described is not None and described["sae_hash"] != sae.hash:
+            for path in self.run.path.glob("labels.sqlite*"):
+                path.rename(
+                    path.with_name(path.name.replace("labels", f"labels-{described['sae_hash'][:8]}", 1))
+                )
 
     def drop_activations(self) -> None:
         """Delete the stored activations: only another training would need them."""

@@ -28,17 +28,18 @@ T = TypeVar("T")
 _NORM_BLOCKS = 16  # blocks on which the mean norm at the hook is measured
 
 
-def open_run(path: str | Path, *, device: str | None = None) -> "Run":
+def open_run(path: str | Path, *, model: "LanguageModel | None" = None, device: str | None = None) -> "Run":
     """Open a run folder. Nothing heavy happens until a part is asked for; labels and index need no torch.
 
     Args:
+        model: a loaded model, for a run that was made with one; by default the run's model is loaded by its name.
         device: where model and SAE go; None takes the CUDA device if there is one, else the CPU.
 
     Raises:
         InputError: the folder is no run, or its ``run.toml`` is broken or newer than this version.
     """
     path = Path(path)
-    return Run(RunFolder(path), read_run_config(path), device)
+    return Run(RunFolder(path), read_run_config(path), model, device)
 
 
 class Run:
@@ -51,10 +52,17 @@ class Run:
         config: how it was made.
     """
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, device: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        model: "LanguageModel | None" = None,
+        device: str | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
-        self._device = device
+        self._given_model = model
+        self._device = device if model is None else str(model.device)
         self._parts: dict[str, Any] = {}
         self._lock = RLock()
 
@@ -97,7 +105,7 @@ class Run:
         Raises:
             InputError: the file is damaged.
         """
-        return self._once("labels", lambda: Labels.open(self.folder.labels))
+        return self._once("labels", self._open_labels)
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -106,7 +114,7 @@ class Run:
         Raises:
             InputError: it is missing or damaged.
         """
-        return self._once("evaluation", lambda: dict(read_json(self.folder.evaluation)))
+        return self._once("evaluation", self._read_evaluation)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -196,7 +204,7 @@ class Run:
     def _load_model(self) -> "LanguageModel":
         from activations.models import LanguageModel
 
-        model = LanguageModel.load(self.config.model, device=self._device)
+        model = self._given_model or LanguageModel.load(self.config.model, device=self._device)
         expected = self._sae_metadata().get("model_hash")
         if expected is not None and model.hash != expected:
             raise InputError(
@@ -211,13 +219,31 @@ class Run:
 
         return SparseAutoencoder.load(self.folder.sae).to(resolve_device(self._device))
 
+    def _open_labels(self) -> Labels:
+        labels = Labels.open(self.folder.labels)
+        if labels.inputs is not None and self._sae_hash() not in (None, labels.inputs.get("sae_hash")):
+            raise InputError(
+                f"{self.folder.labels} holds labels of another SAE: run sae index {self.folder.path}."
+            )
+        return labels
+
+    def _read_evaluation(self) -> dict[str, Any]:
+        evaluation = dict(read_json(self.folder.evaluation))
+        if self._sae_hash() not in (None, evaluation.get("inputs", {}).get("sae")):
+            raise InputError(
+                f"{self.folder.evaluation} measures another SAE: run sae evaluate {self.folder.path}."
+            )
+        return evaluation
+
+    def _sae_hash(self) -> str | None:
+        """The hash that the trainer noted in a manifest, so that torch is not needed to compare."""
+        manifest = self.folder.sae / MANIFEST
+        return read_json(manifest).get("sae_hash") if manifest.is_file() else None
+
     def _open_index(self) -> "FeatureIndex":
         from features.index import FeatureIndex
 
-        # The trainer notes the SAE's hash in a manifest, so that torch is not needed to compare.
-        manifest = self.folder.sae / MANIFEST
-        sae_hash = read_json(manifest).get("sae_hash") if manifest.is_file() else None
-        return FeatureIndex.open(self.folder.index, sae_hash=sae_hash)
+        return FeatureIndex.open(self.folder.index, sae_hash=self._sae_hash())
 
     def _sae_metadata(self) -> dict[str, Any]:
         from sae.formats.saelens import CONFIG

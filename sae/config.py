@@ -27,8 +27,8 @@ class SAEConfig:
     auxk: float = 1 / 32
     """topk: weight of the auxiliary loss that revives dead features."""
 
-    def check(self, d_in: int) -> None:
-        """Raise InputError unless these settings make sense for inputs of width ``d_in``."""
+    def check(self) -> None:
+        """Raise InputError unless these settings make sense."""
         if self.d_sae < 1:
             raise InputError(f"d_sae is {self.d_sae}, and an SAE needs at least one feature.")
         if self.architecture == "topk" and not 1 <= self.k < self.d_sae:
@@ -70,6 +70,10 @@ class TrainConfig:
         """Raise InputError for settings that no run can have."""
         if self.tokens < 1:
             raise InputError(f"tokens is {self.tokens}, and must be at least 1.")
+        if self.context_length is not None and self.context_length < 8:
+            raise InputError(f"context_length is {self.context_length}, and must be at least 8.")
+        if self.seed < 0 or self.corpus.seed < 0:
+            raise InputError(f"seed is {min(self.seed, self.corpus.seed)}, and must not be negative.")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise InputError(f"batch_tokens is {self.batch_tokens}, and must be at least 1.")
         if self.learning_rate is not None and self.learning_rate <= 0:

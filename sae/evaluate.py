@@ -62,7 +62,7 @@ from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from sae.bootstrap import DocumentSums, Estimator, Figure, Totals
 from sae.controls import control_autoencoders, mean_activation
-from sae.model import SparseAutoencoder
+from sae.model import SparseAutoencoder, check_belongs
 from sae.variants import AT_REPLACED, Variants
 
 BINS_PER_DECADE = 4
@@ -293,14 +293,8 @@ def _density_histogram(firings: np.ndarray, n_positions: int) -> dict[str, Any]:
 
 
 def _check(model: LanguageModel, sae: SparseAutoencoder, reference: Tensor) -> None:
-    if "hook_name" not in sae.metadata:
-        raise InputError("The SAE does not say where in a model it belongs: set metadata['hook_name'].")
-    width = model.width(sae.hook_name)
-    if width != sae.d_in:
-        raise InputError(
-            f"The SAE reads vectors of width {sae.d_in}, and {sae.hook_name} of {model.name} has width"
-            f" {width}: choose the model that the SAE was trained on."
-        )
+    check_belongs(model, sae)
+    width = sae.d_in
     if reference.ndim != 2 or reference.shape[1] != width or len(reference) == 0:
         raise InputError(
             f"The reference activations have shape {tuple(reference.shape)}; they must be [n, {width}] with"

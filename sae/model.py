@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activations.errors import InputError
 from activations.exclusion import Exclusion
 from activations.files import hash_tensors
+from activations.models import LanguageModel
 from activations.tokenizer import Tokenizer
 from sae.architectures.base import Weights
 from sae.architectures.registry import architecture_from
@@ -123,3 +125,24 @@ class SparseAutoencoder:
         from sae.formats.saelens import read_saelens
 
         return read_saelens(Path(folder))
+
+
+def check_belongs(model: LanguageModel, sae: SparseAutoencoder) -> None:
+    """Make sure that an SAE reads this model.
+
+    Raises:
+        InputError: the SAE does not say where it belongs, was trained on other weights, or has another width.
+    """
+    if "hook_name" not in sae.metadata:
+        raise InputError("The SAE does not say where in a model it belongs: set metadata['hook_name'].")
+    width = model.width(sae.hook_name)
+    if width != sae.d_in:
+        raise InputError(
+            f"The SAE reads vectors of width {sae.d_in}, and {sae.hook_name} of {model.name} has width"
+            f" {width}: choose the model that the SAE was trained on."
+        )
+    if sae.metadata.get("model_hash") not in (None, model.hash):
+        raise InputError(
+            f"The SAE was trained on other weights than those of {model.name}: choose the model that the SAE was"
+            " trained on."
+        )

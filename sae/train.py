@@ -10,10 +10,12 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -29,6 +31,7 @@ DEAD_WINDOW_TOKENS = 10_000_000  # at most; 20% of shorter runs
 LOG_LINES = 100
 CHECKPOINT_EVERY_LINES = 10  # so that a checkpoint never falls between two lines of the log
 _STATE = "state.safetensors"
+_CHUNK = 512  # decoder rows at a time, so that what is computed from them stays in the cache
 
 
 class Batches(Protocol):
@@ -45,7 +48,7 @@ class Trainer:
     """The state of one training run and the step that advances it.
 
     Args:
-        config: what to train; ``config.sae.check(d_in)`` must pass.
+        config: what to train; ``config.sae.check()`` must pass.
         mean: ``[d_in]``, subtracted from every activation. scale: multiplies the centred activation.
     """
 
@@ -83,7 +86,7 @@ class Trainer:
                 _remove_radial(decoder.grad, decoder)
             self.optimizer.step()
             if self.architecture.unit_decoder:
-                decoder /= decoder.norm(dim=1, keepdim=True).clamp_min(1e-8)
+                _normalise(decoder)
             self.silent_tokens += len(x)
             self.silent_tokens[loss.fired] = 0
         self.optimizer.zero_grad(set_to_none=True)
@@ -124,7 +127,7 @@ class Trainer:
                 parameter.copy_(tensors[f"weights.{name}"])
                 prefix = f"adam.{name}."
                 self.optimizer.state[parameter] = {
-                    key.removeprefix(prefix): value.clone()
+                    key.removeprefix(prefix): value.to(parameter.device, copy=True)
                     for key, value in tensors.items()
                     if key.startswith(prefix)
                 }
@@ -134,10 +137,14 @@ class Trainer:
 
 def _remove_radial(gradient: Tensor, rows: Tensor) -> None:
     """Take out of each row of ``gradient [d_sae, d_in]`` its component along the unit vector in the same row."""
-    for g, row in zip(
-        gradient.split(512), rows.split(512), strict=True
-    ):  # so that products stay in the cache
+    for g, row in zip(gradient.split(_CHUNK), rows.split(_CHUNK), strict=True):
         g.addcmul_(row, (g * row).sum(1, keepdim=True), value=-1)
+
+
+def _normalise(rows: Tensor) -> None:
+    """Give each row norm 1, in place."""
+    for row in rows.split(_CHUNK):
+        row.div_(row.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
 
 def _keep_freed_memory() -> None:
@@ -172,11 +179,11 @@ def train(
         inputs: hashes and settings that the result depends on, besides ``config``.
 
     Raises:
-        InputError: settings that cannot work, or a corrupt checkpoint.
+        InputError: settings that cannot work, or activations that end too early.
     """
     config.check()
-    config.sae.check(len(mean))
-    inputs = inputs or {}
+    config.sae.check()
+    inputs = {"config": asdict(config), **(inputs or {})}
     metadata = metadata or {}
     if is_finished(folder / "sae", "sae", inputs):
         return SparseAutoencoder.load(folder / "sae")
@@ -216,8 +223,10 @@ class _Log:
         self.path = path
         kept = []
         if path.exists() and tokens_done:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["tokens"] <= tokens_done]
+            # A line that a full disk cut short has no end.
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["tokens"] <= tokens_done]
         write_bytes(path, "".join(line + "\n" for line in kept).encode())
         self._clear()
 
@@ -263,7 +272,11 @@ def _resume(trainer: Trainer, batches: Batches, folder: Path, inputs: dict[str, 
     for path in sorted(checkpoints.iterdir(), reverse=True):
         if is_finished(path, "checkpoint", inputs):
             manifest = read_manifest(path, "checkpoint")
-            trainer.load_state(load_file(path / _STATE), manifest["trainer"])
+            try:
+                tensors = load_file(path / _STATE)
+            except (OSError, SafetensorError):
+                continue  # the one before it will do
+            trainer.load_state(tensors, manifest["trainer"])
             batches.load_state_dict(manifest["stream"])
             return
     shutil.rmtree(checkpoints)

@@ -76,7 +76,7 @@ def test_demo_says_what_a_newcomer_needs(demo: tuple[Path, str]) -> None:
     assert "CE loss recovered" in printed
     assert "default" in printed
     assert "steered" in printed
-    assert "Share of the feature's own tokens" in printed
+    assert "Share of its own tokens" in printed
     assert printed.rstrip().endswith("Open the explorer with:  sae explore runs/demo")
     found = {path.name for path in folder.iterdir()}
     assert {"run.toml", "metrics.jsonl", "sae", "evaluation.json", "features", "labels.sqlite"} <= found

@@ -567,7 +567,7 @@ def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         build(folder, blocks, narrow)
     assert str(error.value) == (
-        f"The SAE reads vectors of width 4, and {HOOK} of lookup has width 8: give the model that the SAE was"
+        f"The SAE reads vectors of width 4, and {HOOK} of lookup has width 8: choose the model that the SAE was"
         " trained on."
     )
     silence = replace(blocks, ids=np.full_like(blocks.ids, END_OF_TEXT))

@@ -93,6 +93,7 @@ def _tidy_up(pipeline: Any, keep: bool) -> None:
     if size > LARGEST_KEPT_BYTES and not keep:
         pipeline.drop_activations()
         console.print(
-            f"\nDeleted {size / 1e6:,.0f} MB of captured activations; --keep-activations keeps them for other trainings.",
+            f"\nDeleted {size / 1e6:,.0f} MB of captured activations;"
+            " --keep-activations keeps them for other trainings.",
             soft_wrap=True,
         )

@@ -25,9 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     from app.cli.report import print_evaluation
     from app.cli.terminal import progress
     from features.pipeline import Pipeline
-    from sae.model import SparseAutoencoder
 
     pipeline = Pipeline(given.run, progress=progress)
     if given.tokens is not None:
         pipeline.sizes = replace(pipeline.sizes, test_tokens=given.tokens)
-    print_evaluation(pipeline.evaluate(SparseAutoencoder.load(pipeline.run.sae)))
+    print_evaluation(pipeline.evaluate(pipeline.sae()))

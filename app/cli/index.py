@@ -26,14 +26,13 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(Arguments, "index", arguments)
     from app.cli.terminal import console, progress, stage
     from features.pipeline import Pipeline
-    from sae.model import SparseAutoencoder
 
     pipeline = Pipeline(given.run, progress=progress)
     if given.tokens is not None:
         pipeline.sizes = replace(pipeline.sizes, index_tokens=given.tokens)
     if given.score_tokens is not None:
         pipeline.sizes = replace(pipeline.sizes, score_tokens=given.score_tokens)
-    sae = SparseAutoencoder.load(pipeline.run.sae)
+    sae = pipeline.sae()
     stage("Indexing")
     index = pipeline.index(sae)
     stage("Labelling")

@@ -40,7 +40,7 @@ def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if str(sae.metadata.get("hook_name")).endswith(".hook_z") else "none",
         "metadata": {**sae.metadata, "sae_lens_version": SAELENS_VERSION},
     }
     if topk:
@@ -82,7 +82,7 @@ def read_saelens(folder: Path) -> SparseAutoencoder:
             f"{folder / CONFIG} lacks a whole number for d_in, d_sae{' or k' if topk else ''}."
         ) from None
     sae_config = SAEConfig(architecture=_NAMES[name], d_sae=d_sae, k=k)
-    sae_config.check(d_in)
+    sae_config.check()
     if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
         raise InputError(
             f"{folder / CONFIG} asks for normalize_activations={config['normalize_activations']!r} at run time, which"
