@@ -163,7 +163,9 @@ class Labels:
             with closing(
                 sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
             ) as connection:
-                self._prepare(connection, write)
+                if not self._prepare(connection, write):
+                    yield None
+                    return
                 connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 try:
                     yield connection
@@ -179,26 +181,30 @@ class Labels:
                 f"{self.path} is not a readable file of labels ({error}): move it away to start a new one."
             ) from None
 
-    def _prepare(self, connection: sqlite3.Connection, write: bool) -> None:
-        """Check whose file this is; make the tables if it is new."""
+    def _prepare(self, connection: sqlite3.Connection, write: bool) -> bool:
+        """Check whose file this is; make the tables if it is new. False if there are none to read yet."""
         connection.create_function("casefold", 1, _casefold, deterministic=True)
+        connection.execute("BEGIN")  # all three at one moment: another process may be making the tables
         version, application = _pragma(connection, "user_version"), _pragma(connection, "application_id")
+        is_new = _pragma(connection, "schema_version") == 0
+        connection.rollback()
         if version > SCHEMA_VERSION and application == APPLICATION_ID:
             raise InputError(
                 f"{self.path} was written in format {version}, and this saescope reads up to format"
                 f" {SCHEMA_VERSION}: install a newer saescope."
             )
         if version == SCHEMA_VERSION and application == APPLICATION_ID:
-            return
-        if _pragma(connection, "schema_version") and application != APPLICATION_ID:
+            return True
+        if not is_new and application != APPLICATION_ID:
             raise InputError(f"{self.path} is an SQLite file of something else, not of labels.")
         if not write:
-            raise InputError(f"{self.path} is empty, not a file of labels: delete it to start a new one.")
+            return False
         self._use_write_ahead_log(connection)
         connection.executescript(
             f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
             f" PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
+        return True
 
     @staticmethod
     def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = TokenBlocks(ids, documents, [f"d{n}" for n in range(20)], "train", "concatenated", False)
     build_index(model, sae, blocks, run.index)
     Labels.open(run.labels).set(3, "three")
-    write_json(run.evaluation, {"l0": 4.0})
+    write_json(run.evaluation, {"l0": 4.0, "inputs": {"sae": sae.hash}})
     run.metrics.write_text('{"tokens": 500}\n{"tokens": 1000}\n')
     return run.path
 
@@ -86,7 +86,7 @@ def test_a_run_has_its_parts(run: Run, folder: Path) -> None:
     assert run.config.tokens == 1000
     assert run.sae.d_sae == run.index.d_sae == D_SAE
     assert run.model.n_layers == 3
-    assert run.evaluation == {"l0": 4.0}
+    assert run.evaluation["l0"] == 4.0
     assert run.metrics == [{"tokens": 500}, {"tokens": 1000}]
     assert run.model is run.model
     assert run.sae is run.sae
@@ -229,3 +229,16 @@ def test_an_index_of_another_sae_is_refused(folder: Path, tmp_path: Path) -> Non
     manifest["inputs"]["sae_hash"] = "0" * 64
     (copy / "features" / "train" / "manifest.json").write_text(json.dumps(manifest))
     assert "another SAE" in refusal(lambda: open_run(copy).index)
+
+
+def test_figures_and_labels_of_another_sae_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(folder, copy)
+    Labels.open(copy / "labels.sqlite").put_automatic([], {"sae_hash": "another"})
+    write_json(copy / "evaluation.json", {"l0": 4.0, "inputs": {"sae": "another"}})
+    with pytest.raises(InputError) as error:
+        _ = open_run(copy).labels
+    assert str(error.value) == f"{copy / 'labels.sqlite'} holds labels of another SAE: run sae index {copy}."
+    with pytest.raises(InputError) as error:
+        _ = open_run(copy).evaluation
+    assert str(error.value) == f"{copy / 'evaluation.json'} measures another SAE: run sae evaluate {copy}."
