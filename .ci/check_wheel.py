@@ -8,6 +8,9 @@ NEEDED = {
     "activations/builtin/model.safetensors",
     "activations/builtin/tokenizer.json",
     "activations/builtin/README.md",
+    "app/explorer/theme.toml",
+    "app/explorer/logo.svg",
+    "app/explorer/icon.svg",
     "app/explorer/explorer_main.py",
 }
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STRENGTHS = (0.75, 1.0, 1.5)
 """In units of the feature's maximum; clamped much higher, a small model repeats one token."""
 FINALISTS = 8
-SEEDS = 6
+SEEDS = 4
 SHOWN_SEEDS = 5
 MIN_DISTINCT = 0.75
 """Of the variety of unsteered text (:func:`distinct_share`): below, the text has begun to repeat itself."""

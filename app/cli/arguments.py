@@ -1,4 +1,4 @@
-"""From typed words to a dataclass, with errors in the house's form: one sentence, status 2."""
+"""From typed words to a dataclass; words that do not fit are explained by tyro, with status 2."""
 
 from collections.abc import Sequence
 from typing import TypeVar
