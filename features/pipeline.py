@@ -126,6 +126,7 @@ class Pipeline:
                 measure anything on, settings that cannot work.
         """
         self.config.sae.check()
+        self.model.width(self.config.hook_name)  # refuses a hook that is not there
         if self.context_length > self.model.context_length:
             raise InputError(
                 f"context_length is {self.context_length}, and {self.config.model} reads at most"

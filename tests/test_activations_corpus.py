@@ -444,3 +444,16 @@ def test_a_long_document_gives_no_more_than_half_as_much_again_as_its_even_share
     assert len(blocks.names) > 10
     everything = corpus.blocks(ByteTokenizer(), "train", 10**6, context_length=64)
     assert sorted(as_texts(everything)) == sorted(texts)
+
+
+def test_what_was_cut_off_follows_where_even_shares_are_not_enough(tmp_path: Path) -> None:
+    texts = [*texts_of("train", 2, length=20_000), *texts_of("train", 18, length=900)]
+    corpus = Corpus(CorpusConfig(str(write_texts(tmp_path, texts))))
+    blocks = corpus.blocks(
+        ByteTokenizer(), "train", 30_000, context_length=64
+    )  # even shares hold about 21,000
+    assert 30_000 <= blocks.n_tokens < 30_064
+    assert len(blocks.names) == 21  # the rest of one long text is enough
+    assert (
+        sum(text in blocks_text for blocks_text in [" ".join(as_texts(blocks))] for text in texts[2:]) == 18
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import VERBS, main
+from features.labels import Labels
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,11 +96,24 @@ def test_demo_again_does_nothing_again_and_another_k_does_not_capture(
     assert "train:" not in again
     assert "index:" not in again
     assert tree(folder) == before
+    kept = tmp_path / "kept"
+    (folder / "activations").rename(kept)  # as the demo itself deletes them when they are large
+    without = sae("demo", "--tokens", "20000", "--out", folder)
+    assert not any(
+        f"{stage}:" in without for stage in ("capture", "train", "evaluate", "index", "score labels")
+    )
+    kept.rename(folder / "activations")
+
+    Labels.open(folder / "labels.sqlite").set(3, "mine")
     other = sae("demo", "--tokens", "20000", "--k", "16", "--out", folder)
     assert "capture:" not in other
     assert "train:" in other
     assert "index:" in other
     assert json.loads((folder / "evaluation.json").read_text())["l0"] <= 16
+    # A person's label is about a feature of the SAE it was given to, and is kept with that SAE's labels.
+    (aside,) = folder.glob("labels-*.sqlite")
+    assert Labels.open(aside).all()[3].text == "mine"
+    assert Labels.open(folder / "labels.sqlite").all()[3].source == "automatic"
 
 
 def test_demo_killed_in_training_ends_in_the_same_bits(demo: tuple[Path, str], tmp_path: Path) -> None:

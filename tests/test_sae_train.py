@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_other_inputs_start_afresh_and_equal_inputs_are_not_trained_again(tmp_pa
     assert train(config(steps=20), untouched, mean, scale, tmp_path, inputs={"seed": 1}).hash == first.hash
     with pytest.raises(KeyboardInterrupt):
         train(config(steps=20), untouched, mean, scale, tmp_path, inputs={"seed": 2})
+
+
+def test_another_configuration_is_trained_although_its_inputs_are_the_same(tmp_path: Path) -> None:
+    mean, scale = moments(PlantedBatches(1))
+    train(config(steps=20), PlantedBatches(20), mean, scale, tmp_path)
+    other = replace(config(steps=20), sae=SAEConfig(d_sae=D_SAE, k=K + 1))
+    assert train(other, PlantedBatches(20), mean, scale, tmp_path).config.k == K + 1
+
+
+def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    settings = config(steps=120)
+    mean, scale = moments(PlantedBatches(1))
+    expected = train(settings, PlantedBatches(120), mean, scale, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, PlantedBatches(120, dies_after=60), mean, scale, tmp_path / "cut")
+    newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
+    (newest / "state.safetensors").write_bytes(b"torn")
+    resumed = PlantedBatches(120)
+    assert train(settings, resumed, mean, scale, tmp_path / "cut").hash == expected.hash
 
 
 def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
