@@ -14,6 +14,7 @@ import numpy as np
 from activations.edits import Edit
 from activations.errors import InputError
 from activations.models import LanguageModel
+from activations.progress import Progress, silent
 from features.steering import LENS_TOKENS, Method, edit_for, edit_rows, output_scores, steer
 from sae.model import SparseAutoencoder
 
@@ -95,6 +96,7 @@ def choose_demonstration(
     max_new_tokens: int = 32,
     temperature: float = 0.7,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Demonstration:
     """Choose a feature by its output score and a strength by a small sweep.
 
@@ -112,10 +114,60 @@ def choose_demonstration(
     if not len(usable):
         raise InputError("There is no feature to demonstrate steering with: none fired in the index.")
     candidates = usable[np.linspace(0, len(usable) - 1, min(_CANDIDATES, len(usable))).astype(int)].tolist()
+    with progress("steer", total=SHOWN_SEEDS + 1, unit="rounds") as step:
+        feature, strength, score = _best_setting(
+            model, sae, index, candidates, prompt, method, max_new_tokens, temperature, seed
+        )
+        step(1)
+        # Written again one by one: in a batch sums are rounded otherwise, and sampling takes other turns.
+        edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
+        pairs = []
+        for s in range(seed, seed + SHOWN_SEEDS):
+            pairs.append(
+                steer(model, [edit], prompt, seed=s, max_new_tokens=max_new_tokens, temperature=temperature)
+            )
+            step(1)
+    own = own_tokens(index, feature)
+    shares = np.array(
+        [[promoted_share(model, text, own) for text in (pair.default, pair.steered)] for pair in pairs]
+    )
+    shown = int(np.argsort(shares[:, 1] - shares[:, 0], kind="stable")[SHOWN_SEEDS // 2])
+    pair = pairs[shown]
+    return Demonstration(
+        feature=feature,
+        strength=strength,
+        method=method,
+        prompt=prompt,
+        seed=seed + shown,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        output_score=score,
+        default=pair.default,
+        steered=pair.steered,
+        default_share=float(shares[shown, 0]),
+        steered_share=float(shares[shown, 1]),
+        mean_default_share=float(shares[:, 0].mean()),
+        mean_steered_share=float(shares[:, 1].mean()),
+        n_seeds=SHOWN_SEEDS,
+        own_tokens=own,
+    )
+
+
+def _best_setting(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    index: "FeatureIndex",
+    candidates: list[int],
+    prompt: str,
+    method: Method,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> tuple[int, float, float]:
+    """The feature and the strength that win the sweep, and the feature's output score."""
     scores = output_scores(model, sae, index, candidates)
     best = scores.argsort(descending=True, stable=True)[:FINALISTS].tolist()
     score_of = {candidates[i]: float(scores[i]) for i in best}
-
     settings = [(feature, strength) for feature in score_of for strength in STRENGTHS]
     rows = [setting for setting in settings for _ in range(SEEDS)]
 
@@ -140,41 +192,8 @@ def choose_demonstration(
     # A feature whose tokens stand everywhere shows nothing. Gains lie between −1 and 1, so settings that are not
     # usable win only where none is; the median seed, so that one lucky text does not choose.
     telling = shares[:, :, 0].mean(axis=1) <= MAX_DEFAULT_SHARE
-    winner = int((np.median(gains, axis=1) + 2 * varied + 2 * telling).argmax())
-    feature, strength = settings[winner]
-    # Written again one by one: in a batch sums are rounded otherwise, and sampling takes other turns.
-    edit = edit_for(sae, feature, strength, method=method, maximum=float(index.max[feature]))
-    seeds = range(seed, seed + SHOWN_SEEDS)
-    pairs = [
-        steer(model, [edit], prompt, seed=s, max_new_tokens=max_new_tokens, temperature=temperature)
-        for s in seeds
-    ]
-    final = np.array(
-        [
-            [promoted_share(model, text, own[feature]) for text in (pair.default, pair.steered)]
-            for pair in pairs
-        ]
-    )
-    shown = int(np.argsort(final[:, 1] - final[:, 0], kind="stable")[SHOWN_SEEDS // 2])
-    pair = pairs[shown]
-    return Demonstration(
-        feature=feature,
-        strength=strength,
-        method=method,
-        prompt=prompt,
-        seed=seed + shown,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        output_score=score_of[feature],
-        default=pair.default,
-        steered=pair.steered,
-        default_share=float(final[shown, 0]),
-        steered_share=float(final[shown, 1]),
-        mean_default_share=float(final[:, 0].mean()),
-        mean_steered_share=float(final[:, 1].mean()),
-        n_seeds=SHOWN_SEEDS,
-        own_tokens=own[feature],
-    )
+    feature, strength = settings[int((np.median(gains, axis=1) + 2 * varied + 2 * telling).argmax())]
+    return feature, strength, score_of[feature]
 
 
 def _edit(

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     stage(f"5/6  Labelling every feature, scored on {pipeline.sizes.score_tokens:,} held-out tokens")
     labels = pipeline.label(sae, index)
     stage("6/6  Steering")
-    shown = choose_demonstration(pipeline.model, sae, index)
+    shown = choose_demonstration(pipeline.model, sae, index, progress=progress)
     print_demonstration(shown, pipeline.model, labels, given.out)
     _tidy_up(pipeline, given.keep_activations)
     folder = given.out
