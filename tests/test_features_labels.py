@@ -1,7 +1,8 @@
 """Labels: whose wins, what a re-run may touch, searching, several writers, and files that are not ours."""
 
-import multiprocessing
 import sqlite3
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,19 +94,18 @@ def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
     assert {f: label.text for f, label in labels.all().items()} == {f: f"label {f}" for f in range(80)}
 
 
-def _write_labels(path: Path, first: int) -> None:
-    for feature in range(first, first + 10):
-        Labels.open(path).set(feature, "x")
-
-
 def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
     path = tmp_path / "labels.sqlite"
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_labels, args=(path, first)) for first in (0, 100)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    code = """
+import sys
+from features.labels import Labels
+for feature in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
+    Labels.open(sys.argv[1]).set(feature, "x")
+"""
+    words = [sys.executable, "-c", code, str(path)]
+    root = Path(__file__).parents[1]
+    writers = [subprocess.Popen([*words, first], cwd=root) for first in ("0", "100")]
+    assert [writer.wait() for writer in writers] == [0, 0]
     assert sorted(Labels.open(path).all()) == [*range(10), *range(100, 110)]
 
 
