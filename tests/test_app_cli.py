@@ -14,6 +14,7 @@ import pytest
 
 from app.cli import VERBS, main
 from features.labels import Labels
+from features.run import open_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,10 +137,12 @@ def test_demo_killed_in_training_ends_in_the_same_bits(demo: tuple[Path, str], t
 
 
 def test_steer_prints_default_and_steered_text(demo: tuple[Path, str], sae: Command) -> None:
-    printed = sae("steer", demo[0], "5", "--strength", "2", "--tokens", "8", "def ")
+    feature = int(open_run(demo[0]).index.count.argmax())
+    words = ("steer", demo[0], str(feature), "--strength", "2", "--tokens", "8", "def ")
+    printed = sae(*words)
     assert printed.count("│ def ") == 2
     assert "clamp 2 × max" in printed
-    assert printed == sae("steer", demo[0], "5", "--strength", "2", "--tokens", "8", "def ")
+    assert printed == sae(*words)
 
 
 def test_evaluate_and_index_and_info(demo: tuple[Path, str], tmp_path: Path, sae: Command) -> None:
