@@ -26,14 +26,13 @@ from features.explain import label_features, label_inputs
 from features.index import FeatureIndex
 from features.labels import Labels
 from sae.config import TrainConfig
-from sae.controls import reference_activations
+from sae.controls import REFERENCE_ROWS, reference_activations
 from sae.evaluate import Evaluation, evaluate
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder, read_run_config, write_run_config
 from sae.train import train
 
 LONGEST_CONTEXT = 1024  # tokens per training sequence, unless asked for
-REFERENCE_ROWS = 20_000  # training activations that the evaluation's controls are fitted on
 
 
 @dataclass(frozen=True)
