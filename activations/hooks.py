@@ -260,11 +260,15 @@ class HookSites(Mapping[str, Site]):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a model: what gives logits, the same without the unembedding, and their hooks."""
+    """One way to run a model: what gives logits, the same without the unembedding, and their hooks.
+
+    ``blocks`` is where ``base_model`` keeps the list of its blocks; None where blocks cannot be left out.
+    """
 
     causal_lm: nn.Module
     base_model: nn.Module
     sites: HookSites
+    blocks: str | None = None
 
 
 def _install(site: Site) -> None:

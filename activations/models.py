@@ -5,6 +5,7 @@ plain Hugging Face model with PyTorch's fused attention (the SDPA path) for the 
 TransformerLens' ``TransformerBridge`` for every other one.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -30,6 +31,7 @@ from activations.hooks import (
     model_sites,
 )
 from activations.loading import load_folder, locate, resolve_device
+from activations.replay import Replay, without_blocks
 from activations.tokenizer import Tokenizer
 
 RunPath = Literal["auto", "sdpa", "bridge"]
@@ -250,6 +252,60 @@ class LanguageModel:
         ).logits
         return logits
 
+    @torch.no_grad()
+    def replay(self, ids: Tensor, hook_name: str, *, attention_mask: Tensor | None = None) -> Replay:
+        """Run the model on ``ids [batch, pos]`` so that what follows ``hook_name`` can be run again by itself.
+
+        For logits under many different activations at one hook: on the SDPA path, each
+        :meth:`Replay.logits_with` computes only the blocks from the hook on. Arguments as for :meth:`capture`.
+
+        Raises:
+            InputError: as for :meth:`capture`, and inside a block of :meth:`edited`.
+        """
+        if active_scopes(self):
+            raise InputError("A replay starts from the model as it is: leave the block of edited() first.")
+        backend = self._backend([hook_name], ())
+        ids, mask = self._checked(ids, attention_mask)
+        arguments = self._arguments(ids, mask)
+        positions = token_positions(ids, mask, self.tokenizer.special_ids)
+        first_block, entrance, place = self._replay_start(backend, hook_name)
+        rest: Any = backend.causal_lm
+        if first_block:
+            assert backend.blocks is not None
+            rest = without_blocks(rest, backend.blocks, first_block)
+        seen: dict[str, Tensor] = {}
+
+        def recorded(name: str) -> Edit:
+            def apply(x: Tensor, positions: Tensor) -> Tensor:
+                seen[name] = x.clone()  # what follows may write into it
+                return x
+
+            return Edit(name, apply)
+
+        def logits(causal_lm: Any, edits: Iterable[Edit]) -> Tensor:
+            scope = EditScope(self, tuple(edits))
+            result: Tensor = backend.sites.run(lambda: causal_lm(**arguments), [scope], positions).logits
+            scope.check_fired()
+            return result
+
+        def logits_with(activations: Tensor) -> Tensor:
+            values = {entrance: seen[entrance], place: activations}
+            return logits(rest, (_replaced(name, value) for name, value in values.items()))
+
+        clean = logits(backend.causal_lm, map(recorded, dict.fromkeys((entrance, place))))
+        return Replay(seen[place], clean, logits_with)
+
+    def _replay_start(self, backend: Backend, hook_name: str) -> tuple[int, str, str]:
+        """Where a replay begins: its first block, the hook at which that is entered, and the hook to replace at."""
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+        if backend.blocks is None or match is None:
+            return 0, hook_name, hook_name
+        block = int(match[1])
+        if match[2] == "hook_resid_post" and block + 1 < self.n_layers:  # what the next block reads
+            block += 1
+            hook_name = f"blocks.{block}.hook_resid_pre"
+        return block, f"blocks.{block}.hook_resid_pre", hook_name
+
     def edited(self, *edits: Edit) -> AbstractContextManager[None]:
         """Hold ``edits`` for captures, logits and generation inside the block, in this thread only.
 
@@ -364,7 +420,8 @@ class LanguageModel:
         """The way to run the model that serves all these hooks."""
         needed = {*hook_names, *(edit.hook_name for scope in scopes for edit in scope.edits)}
         if self._sites is not None and needed <= self._sites.keys():
-            return Backend(self._hf_model, self._hf_model.base_model, self._sites)
+            blocks = ARCHITECTURES[self.config.model_type].blocks
+            return Backend(self._hf_model, self._hf_model.base_model, self._sites, blocks)
         for name in sorted(needed):
             self._refuse_absent(name)
         backend = self._bridge_backend
@@ -421,6 +478,11 @@ class LanguageModel:
 
     def _positions(self, ids: Tensor, mask: Tensor | None, scopes: Sequence[EditScope]) -> Tensor | None:
         return token_positions(ids, mask, self.tokenizer.special_ids) if scopes else None
+
+
+def _replaced(hook_name: str, value: Tensor) -> Edit:
+    """An edit that puts ``value`` in the place of whatever comes."""
+    return Edit(hook_name, lambda x, positions: value)
 
 
 def _eos_ids(hf_model: Any) -> list[int]:

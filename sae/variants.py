@@ -1,10 +1,10 @@
 """Run a model with what flows at one hook replaced, and sum what that does, document by document.
 
-This is the expensive part of an evaluation: one forward pass per batch of blocks as the model is, and one for
-each variant. What is summed and how figures come of it stands in :mod:`sae.evaluate`.
+This is the expensive part of an evaluation: one forward pass per batch of blocks as the model is, and the part
+behind the hook once more for each variant. What is summed and how figures come of it stands in :mod:`sae.evaluate`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from activations.blocks import PADDING, TokenBlocks
 from activations.capture import BlockRange, block_ranges, blocks_per_batch, kept_positions
-from activations.edits import Edit
 from activations.models import LanguageModel
 from sae.bootstrap import PartialSums
 from sae.controls import Autoencoder
@@ -67,39 +66,26 @@ class Variants:
         owners = self.blocks.documents[slice(*block_range)]
         ids = self.blocks.ids_tensor(*block_range)
         part = PartialSums(np.unique(owners[owners != PADDING]))
-        captured: list[Tensor] = []
-
-        def record(x: Tensor, positions: Tensor) -> Tensor:
-            captured.append(x.clone())
-            return x
-
-        clean_logits = self._logits(block_range, ids, record)
-        x = captured[0]
+        replay = self.model.replay(
+            ids, self.sae.hook_name, attention_mask=self.blocks.attention_mask(*block_range)
+        )
+        x = replay.activations
         kept = kept_positions(self.blocks, *block_range, x, self.sae.exclusion(self.model.tokenizer))
         rows = x[kept].to(self.sae.b_dec)
         replacements, firings = self._replacements(rows, owners[kept.cpu().numpy()], part)
 
         predicted = torch.from_numpy(owners[:, 1:] != PADDING)
-        clean = Predictions(clean_logits, ids, predicted)
+        clean = Predictions(replay.logits, ids, predicted)
         values = {"predictions": torch.ones_like(clean.ce), "ce.clean": clean.ce}
         for name, replacement in replacements.items():
             edited = x.clone()
             edited[kept] = replacement.to(x)
-            logits = self._logits(block_range, ids, _constant(edited))
-            values[f"ce.{name}"], values[f"kl.{name}"] = clean.compare(logits)
+            values[f"ce.{name}"], values[f"kl.{name}"] = clean.compare(replay.logits_with(edited))
         predicted_owners = owners[:, 1:][predicted.numpy()]
         replaced = kept[:, :-1].cpu()[predicted].to(clean.ce)
         part.add(predicted_owners, values)
         part.add(predicted_owners, {AT_REPLACED + name: value * replaced for name, value in values.items()})
         return BatchSums(part, firings, int((owners != PADDING).sum()))
-
-    def _logits(
-        self, block_range: BlockRange, ids: Tensor, apply: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Logits ``[batch, pos, d_vocab]`` under an edit at the SAE's hook."""
-        mask = self.blocks.attention_mask(*block_range)
-        with self.model.edited(Edit(self.sae.hook_name, apply)):
-            return self.model.logits(ids, attention_mask=mask)
 
     def _replacements(
         self, x: Tensor, owners: np.ndarray, part: PartialSums
@@ -171,8 +157,3 @@ class Predictions:
 
     def _cross_entropy(self, rows: slice, log_q: Tensor) -> Tensor:
         return -log_q.gather(1, self._targets[rows, None]).squeeze(1)
-
-
-def _constant(value: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """An edit that puts ``value`` in the place of whatever comes."""
-    return lambda x, positions: value

@@ -16,6 +16,7 @@ from activations.blocks import PADDING, Packer, TokenBlocks
 from activations.capture import single_threaded
 from activations.errors import InputError
 from activations.models import LanguageModel
+from activations.replay import Replay
 from sae.architectures.base import Weights
 from sae.bootstrap import DocumentSums, Estimator, PartialSums
 from sae.config import SAEConfig
@@ -252,13 +253,8 @@ class HandModel:
     def width(self, hook_name):
         return 3
 
-    @contextmanager
-    def edited(self, edit):
-        self.edit = edit
-        yield
-
-    def logits(self, ids, attention_mask=None):
-        return self.edit.apply(self.table[ids], torch.arange(ids.shape[1]).expand_as(ids))
+    def replay(self, ids, hook_name, attention_mask=None):
+        return Replay(self.table[ids], self.table[ids], lambda x: x)
 
 
 def test_an_example_of_two_documents_worked_out_by_hand():
@@ -355,26 +351,28 @@ def test_an_sae_that_never_fires_is_zero_ablation():
 
 
 def test_excluded_positions_pass_unchanged_in_every_variant(monkeypatch):
-    """What flows at the hook, seen through a capture inside each edited pass."""
+    """What every variant puts at the hook."""
     max_norm = float(reference().norm(dim=1).median())
     sae = make_sae(max_norm=max_norm)
     blocks = make_blocks("isolated")
     seen = []
-    logits = LanguageModel.logits
+    replay = LanguageModel.replay
 
-    def spy(self, ids, *, attention_mask=None):
-        x = self.capture(ids, [HOOK], attention_mask=attention_mask)[HOOK]
-        seen.append((ids, attention_mask, x.clone()))
-        return logits(self, ids, attention_mask=attention_mask)
+    def spy(self, ids, hook_name, *, attention_mask=None):
+        made = replay(self, ids, hook_name, attention_mask=attention_mask)
+        variants = []
+        seen.append((ids, attention_mask, made.activations, variants))
 
-    monkeypatch.setattr(LanguageModel, "logits", spy)
+        def logits_with(x):
+            variants.append(x.clone())
+            return made.logits_with(x)
+
+        return Replay(made.activations, made.logits, logits_with)
+
+    monkeypatch.setattr(LanguageModel, "replay", spy)
     evaluate(model(), sae, blocks, reference=reference(), controls=False)
-    n_batches = -(-blocks.n_blocks // 4)
-    assert len(seen) == 4 * n_batches
-    for batch in range(n_batches):  # clean, zero, mean, sae: one thread, so in this order
-        (ids, mask, clean), (_, _, zero), (_, _, mean), (_, _, reconstruction) = seen[
-            4 * batch : 4 * batch + 4
-        ]
+    assert len(seen) == -(-blocks.n_blocks // 4)
+    for ids, mask, clean, (zero, mean, reconstruction) in seen:  # in the order of the module's docstring
         padding = torch.zeros_like(ids, dtype=torch.bool) if mask is None else mask == 0
         kept = (ids != END_OF_TEXT) & ~padding & (clean.norm(dim=-1) <= max_norm)
         assert 0 < kept.sum() < (~padding).sum()
