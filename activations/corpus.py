@@ -56,6 +56,7 @@ _NOT_ENTERED_IN_PACKAGES = {*_NOT_ENTERED, "test", "tests", "testing", "_vendor"
 _GENERATED = re.compile(
     r"\bauto(matically|-)? ?generated|generated (from|by|on)\b|do not edit", re.IGNORECASE
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HEAD_CHARACTERS = 500
 _BATCH_CHARACTERS = 500_000
 
@@ -157,7 +158,8 @@ class Corpus:
         part.
 
         Raises:
-            InputError: the split is empty, or ``test`` has fewer than 100 documents.
+            InputError: the split is empty, or ``test`` has fewer than 100 documents or is asked for fewer than 200
+            tokens.
         """
         from activations.blocks import Packer
 
@@ -173,8 +175,13 @@ class Corpus:
                     f"The test split of corpus {config.source!r} has {len(entries)} documents, and metrics"
                     f" need at least {TEST_DOCUMENTS}: give more documents (about one in 50 is held out)."
                 )
+            if n_tokens < 2 * TEST_DOCUMENTS:
+                raise InputError(
+                    f"The test split was asked for {n_tokens} tokens, and metrics need at least"
+                    f" {2 * TEST_DOCUMENTS}, from {TEST_DOCUMENTS} documents."
+                )
             # The separator or the beginning of the text counts too: hence the − 1.
-            limit = max(1, min(TEST_TOKENS_PER_DOCUMENT, n_tokens // TEST_DOCUMENTS - 1))
+            limit = min(TEST_TOKENS_PER_DOCUMENT, n_tokens // TEST_DOCUMENTS - 1)
         if not entries:
             raise InputError(
                 f"The {split} split of corpus {config.source!r} is empty"
@@ -385,7 +392,9 @@ def _jsonl_entries(path: Path, name: str, column: str, left_out: Counter[str]) -
         for number, line in enumerate(file, start=1):
             if line.strip():
                 text = _jsonl_text(line, f"{path} line {number}", column)
-                if text.strip():
+                if _SURROGATE.search(text):  # half a character, which JSON can hold and no text can
+                    left_out["unreadable"] += 1
+                elif text.strip():
                     yield _Entry(f"{name}:{number}", path, start, len(line), split_of(text), _digest(text))
                 else:
                     left_out["empty"] += 1

@@ -61,7 +61,8 @@ class Pattern:
     def transposed(self) -> "Transposed":
         """The same entries grouped by feature; built once, then shared by everything that sums over features."""
         flat = self.indices.flatten()
-        order = flat.argsort(stable=True)
+        keys = flat.short() if self.d_sae <= 1 << 15 else flat  # short keys sort twice as fast
+        order = keys.argsort(stable=True)
         rows = order // self.indices.shape[1] if self.row_offsets is None else self.rows()[order]
         counts = torch.bincount(flat, minlength=self.d_sae)
         return Transposed(order, rows, counts.cumsum(0) - counts, counts)

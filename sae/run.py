@@ -15,7 +15,8 @@ import dataclasses
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -89,7 +90,8 @@ def read_run_config(folder: Path) -> TrainConfig:
     """Read ``run.toml``.
 
     Raises:
-        InputError: the folder is no run, or the file is broken, newer than this saescope, or has unknown keys.
+        InputError: the folder is no run, or the file is broken, newer than this saescope, or has unknown keys or
+            values of a wrong type.
     """
     path = RunFolder(folder).config
     if not path.is_file():
@@ -105,17 +107,48 @@ def read_run_config(folder: Path) -> TrainConfig:
             " newer saescope."
         )
     table.pop("versions", None)
-    table["corpus"] = _build(CorpusConfig, table.get("corpus", {}), path)
-    table["sae"] = _build(SAEConfig, table.get("sae", {}), path)
-    return _build(TrainConfig, table, path)
+    parts = {"corpus": CorpusConfig, "sae": SAEConfig}
+    for name in parts:
+        if not isinstance(table.setdefault(name, {}), dict):
+            raise InputError(f"{path} has {name} = {table[name]!r}, and it must be a table.")
+    made: dict[str, Any] = {name: _build(kind, table.pop(name), path) for name, kind in parts.items()}
+    return dataclasses.replace(_build(TrainConfig, table, path), **made)
 
 
 def _build(kind: type[T], table: dict[str, Any], path: Path) -> T:
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in table:
-        if key not in known:
-            raise InputError(f"{path} has an unknown key {key!r}: known are {', '.join(sorted(known))}.")
+    kinds = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in kinds:
+            raise InputError(f"{path} has an unknown key {key!r}: known are {', '.join(sorted(kinds))}.")
+        if not _fits(value, kinds[key]):
+            raise InputError(f"{path} has {key} = {value!r}, and it must be {_in_words(kinds[key])}.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from TOML can stand in a field of this type."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in options
+    if origin is UnionType:
+        return any(_fits(value, option) for option in options)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    """A field's type as a reader of ``run.toml`` would say it."""
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(options)}"
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_in_words, options))
+    if get_origin(hint) is tuple:
+        return f"a list, each item {_in_words(options[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a table")
 
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The hot path: encode and select, decode, and their gradients, without a whole ``[n, d_sae]`` tensor.
 
 One TopK training step needs one dense product (pre-activations); everything else touches only the n·k selected
-entries. The two autograd functions here share one transposed structure (:class:`sae.codes.Pattern`), so the
+entries. The autograd functions here share one transposed structure (:class:`sae.codes.Pattern`), so the
 sort by feature happens once per step. Costs and the sources of the tricks: ``docs/design.md``, "The hot path".
 
 Weights are kept row-major by feature: ``W_enc`` is passed here as ``[d_sae, d_in]`` (``encoder_rows``), the
@@ -11,20 +11,21 @@ transpose of its usual form, so that a feature's encoder and decoder are both co
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from activations.capture import single_threaded_workers
 from sae.codes import Pattern, SparseCodes
+from sae.workers import n_workers, share
 
 _TILE_ROWS = 512  # the product then runs at nearly its full rate (every tile packs the weights once more)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
 _RUNS = 4
+_ALIGNMENT = 16  # the input is widened to a multiple of so many numbers, which matrix products like
 
 _workspace = threading.local()
 
@@ -54,10 +55,9 @@ def map_tiles(
 ) -> list[T]:
     """``work`` on the pre-activations ``centred · W_enc + b_enc``, tile of rows by tile of rows; no gradient.
 
-    On a CPU the tiles are shared out among Python threads that compute on one thread each: no operator waits for
-    the slowest of several threads, which on a busy machine costs more than the work itself. And in a long batch
-    the bias is the weight of one more input that is always 1: adding it to the product would read and write every
-    pre-activation once more, at a tenth of the product's cost.
+    On a CPU the tiles are shared out among threads (:mod:`sae.workers`). And in a long batch the bias is the weight
+    of one more input that is always 1: adding it to the product would read and write every pre-activation once
+    more, at a tenth of the product's cost.
 
     Args:
         work: takes a tile ``[rows, d_sae]``, valid during the call only.
@@ -69,13 +69,15 @@ def map_tiles(
     n, d_in = centred.shape
     d_sae = len(encoder_rows)
     inputs, weights, bias = centred, encoder_rows.detach(), encoder_bias.detach()
-    on_cpu = centred.device.type == "cpu"
-    augmented = on_cpu and n > 2 * d_in
+    augmented = centred.device.type == "cpu" and n > 2 * d_in
     if augmented:
-        inputs = _buffer("inputs", (n, d_in + 1), centred)
-        inputs[:, :d_in], inputs[:, d_in] = centred, 1
-        weights = _buffer("weights", (d_sae, d_in + 1), centred)
-        weights[:, :d_in], weights[:, d_in] = encoder_rows.detach(), bias
+        width = (d_in // _ALIGNMENT + 1) * _ALIGNMENT
+        inputs, weights = (
+            _buffer(name, (m, width), centred) for name, m in (("inputs", n), ("weights", d_sae))
+        )
+        inputs[:, :d_in], weights[:, :d_in] = centred, encoder_rows.detach()
+        inputs[:, d_in:], weights[:, d_in:] = 0, 0
+        inputs[:, d_in], weights[:, d_in] = 1, bias
 
     @torch.no_grad()
     def one(rows: Tensor) -> T:
@@ -86,15 +88,8 @@ def map_tiles(
             torch.addmm(bias, rows, weights.t(), out=tile)
         return work(tile)
 
-    n_threads = torch.get_num_threads() if on_cpu else 1
-    tiles = inputs.split(min(tile_rows(d_sae, centred.element_size()), max(16, math.ceil(n / n_threads))))
-    n_workers = min(n_threads, len(tiles))
-    return list(map(one, tiles) if n_workers == 1 else _workers(n_workers).map(one, tiles))
-
-
-@cache
-def _workers(n: int) -> ThreadPoolExecutor:
-    return single_threaded_workers(n)
+    most = max(16, math.ceil(n / n_workers(centred.device)))
+    return share(one, inputs.split(min(tile_rows(d_sae, centred.element_size()), most)), centred.device)
 
 
 def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -111,16 +106,31 @@ def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order.
     """
     rows, width = tile.shape
-    if tile.device.type != "cpu" or width % _RUNS or width < 4 * _RUNS * k:
+    if tile.device.type != "cpu":
         return tile.topk(k, dim=1, sorted=False)
+    if width % _RUNS or width < 2 * _RUNS * k:
+        indices = _argtopk(tile, k)
+        return tile.gather(1, indices), indices
     quarter = width // _RUNS
     maxima = _buffer(f"maxima {quarter}", (rows, quarter), tile)
     torch.amax(tile.view(rows, _RUNS, quarter), dim=1, out=maxima)
     winners = topk_of_tile(maxima, k)[1]
-    columns = torch.cat([winners + start for start in range(0, width, quarter)], dim=1)
+    starts = torch.arange(0, width, quarter).view(_RUNS, 1)
+    columns = (winners.unsqueeze(1) + starts).view(rows, _RUNS * k)
     candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _RUNS * k), tile))
-    values, positions = candidates.topk(k, dim=1, sorted=False)
-    return values, columns.gather(1, positions)
+    best = _argtopk(candidates, k)
+    return candidates.gather(1, best), columns.gather(1, best)
+
+
+def _argtopk(tile: Tensor, k: int) -> Tensor:
+    """Places of the k largest entries of each row, int64 ``[rows, k]``; on the CPU.
+
+    numpy selects in vector registers where PyTorch compares one by one: two to three times as fast.
+    """
+    width = tile.shape[1]
+    if k >= width:
+        return torch.arange(width).expand(len(tile), width)
+    return torch.from_numpy(np.argpartition(tile.numpy(), width - k, axis=1)[:, width - k :])
 
 
 def encode_topk(
@@ -186,6 +196,27 @@ class _Decode(torch.autograd.Function):
         return d_values, d_decoder, grad.sum(0), None
 
 
+class _SquaredError(torch.autograd.Function):
+    """Takes the gradient of the values in the forward pass, which spares several passes over ``[n, d_in]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, x: Tensor, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        error = _gather_sum(values, pattern, decoder).add_(b_dec).sub_(x)
+        ctx.save_for_backward(values, error, gathered_dots(error, decoder, pattern))
+        ctx.pattern, ctx.factor = pattern, 2 / len(x)
+        ctx.mark_non_differentiable(error)
+        return torch.linalg.vector_norm(error).square() / len(x), error
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, error, d_values = ctx.saved_tensors
+        factor = grads[0] * ctx.factor
+        d_decoder = ctx.pattern.transposed.weighted_sums(error, values * factor)
+        return d_values * factor, d_decoder, error.sum(0) * factor, None, None
+
+
 def _gather_sum(values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
     """``Σ_j values[r, j] · table[indices[r, j]]`` for every row r: ``[n, d]``."""
     if pattern.row_offsets is None:
@@ -204,15 +235,27 @@ def gathered_dots(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
         ``left[r] · right[indices[r, j]]``, in the shape of ``pattern.indices``.
     """
     kernel = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
-    rows = pattern.rows().int()
     if kernel is None:  # a private name of PyTorch: the plain form costs an [nnz, d] tensor per chunk
         return _gathered_dots_plain(left, right, pattern)
     if pattern.row_offsets is None:
-        n, k = pattern.indices.shape
-        offsets = torch.arange(0, n * k, k, dtype=torch.int32, device=left.device)
+        rows, offsets = _fixed_bags(*pattern.indices.shape, left.device)
     else:
-        offsets = pattern.row_offsets[:-1].int()
+        rows, offsets = pattern.rows().int(), pattern.row_offsets[:-1].int()
     return kernel(left, right, pattern.indices.flatten(), offsets, rows, 0).view(pattern.indices.shape)
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Dot product of each row of ``left [n, d]`` with the same row of ``right [n, d]``: ``[n]``."""
+    n = len(left)
+    same = torch.arange(n, dtype=torch.int32, device=left.device).view(n, 1)
+    return gathered_dots(left, right, Pattern(n, same)).view(n)
+
+
+@lru_cache(maxsize=16)
+def _fixed_bags(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row of each entry ``[n · k]`` and first entry of each row ``[n]``, int32, where every row has k entries."""
+    rows = torch.arange(n, dtype=torch.int32, device=device)
+    return rows.repeat_interleave(k), rows * k
 
 
 def _gathered_dots_plain(left: Tensor, right: Tensor, pattern: Pattern, chunk: int = 65_536) -> Tensor:
@@ -225,7 +268,13 @@ def _gathered_dots_plain(left: Tensor, right: Tensor, pattern: Pattern, chunk: i
 
 
 def topk_codes(
-    x: Tensor, b_dec: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
+    x: Tensor,
+    b_dec: Tensor,
+    encoder_rows: Tensor,
+    encoder_bias: Tensor,
+    k: int,
+    *,
+    relu: bool = True,
 ) -> SparseCodes:
     """TopK encoder with gradients: ``topk(relu((x − b_dec) W_enc + b_enc))`` (Gao et al. 2024, 2406.04093).
 
@@ -240,9 +289,8 @@ def topk_codes(
         centred = x - b_dec
         values, indices = encode_topk(centred, encoder_rows, encoder_bias, k, relu=relu)
     pattern = Pattern(len(encoder_rows), indices)
-    return SparseCodes(
-        pattern, _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu)
-    )
+    found = _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu)
+    return SparseCodes(pattern, found)
 
 
 @torch.no_grad()
@@ -275,3 +323,16 @@ def decode(codes: SparseCodes, decoder: Tensor, b_dec: Tensor) -> Tensor:
         ``[n, d_in]``.
     """
     return _Decode.apply(codes.values, decoder, b_dec, codes.pattern)
+
+
+def squared_error(codes: SparseCodes, decoder: Tensor, b_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``mean_n ‖x̂ − x‖²`` for the x̂ that :func:`decode` gives, differentiable like it, in one pass.
+
+    Args:
+        decoder: ``[d_sae, d_in]``. b_dec: ``[d_in]``. x: ``[n, d_in]`` (receives no gradient).
+
+    Returns:
+        the mean, and ``x̂ − x`` ``[n, d_in]`` without gradient.
+    """
+    mse, error = _SquaredError.apply(codes.values, decoder, b_dec, x, codes.pattern)
+    return mse, error

@@ -26,12 +26,12 @@ from sae.architectures.base import Loss, Weights
 from sae.architectures.registry import architecture_from
 from sae.config import TrainConfig
 from sae.model import SparseAutoencoder
+from sae.sparse import row_dots
 
 DEAD_WINDOW_TOKENS = 10_000_000  # at most; 20% of shorter runs
 LOG_LINES = 100
 CHECKPOINT_EVERY_LINES = 10  # so that a checkpoint never falls between two lines of the log
 _STATE = "state.safetensors"
-_CHUNK = 512  # decoder rows at a time, so that what is computed from them stays in the cache
 
 
 class Batches(Protocol):
@@ -137,14 +137,12 @@ class Trainer:
 
 def _remove_radial(gradient: Tensor, rows: Tensor) -> None:
     """Take out of each row of ``gradient [d_sae, d_in]`` its component along the unit vector in the same row."""
-    for g, row in zip(gradient.split(_CHUNK), rows.split(_CHUNK), strict=True):
-        g.addcmul_(row, (g * row).sum(1, keepdim=True), value=-1)
+    gradient.addcmul_(rows, row_dots(gradient, rows)[:, None], value=-1)
 
 
 def _normalise(rows: Tensor) -> None:
     """Give each row norm 1, in place."""
-    for row in rows.split(_CHUNK):
-        row.div_(row.norm(dim=1, keepdim=True).clamp_min(1e-8))
+    rows.div_(row_dots(rows, rows).sqrt_().clamp_min_(1e-8)[:, None])
 
 
 def _keep_freed_memory() -> None:

@@ -121,6 +121,15 @@ def test_jsonl_lines_are_documents_named_by_line(tmp_path: Path) -> None:
     assert corpus.left_out == {"empty": 1}
 
 
+def test_half_characters_in_jsonl_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "news.jsonl"
+    path.write_text('{"text": "whole 😀 \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    corpus = Corpus(CorpusConfig(source=str(path)))
+    documents = [d.text for split in ("train", "score", "test") for d in corpus.documents(split)]
+    assert documents == ["whole 😀 😀"]
+    assert corpus.left_out == {"unreadable": 1}
+
+
 @pytest.fixture
 def python_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A standard library of a few files, two packages, one of which the toolkit depends on."""

@@ -109,6 +109,4 @@ def test_what_cannot_be_replayed_is_refused() -> None:
     edit = Edit("blocks.0.hook_resid_post", lambda x, positions: x)
     with pytest.raises(InputError) as error, model.edited(edit):
         model.replay(IDS, "blocks.1.hook_resid_post")
-    assert str(error.value) == (
-        "A replay starts from the model as it is: leave the block of edited() first."
-    )
+    assert str(error.value) == ("A replay starts from the model as it is: leave the block of edited() first.")

@@ -280,6 +280,22 @@ def test_gathered_dots(layout: str) -> None:
     close(sparse._gathered_dots_plain(left, right, pattern, chunk=7), expected)
 
 
+def test_row_dots() -> None:
+    left, right = (torch.randn(7, 5, dtype=torch.float64) for _ in range(2))
+    close(sparse.row_dots(left, right), (left * right).sum(1))
+
+
+@pytest.mark.parametrize(("width", "k"), [(40, 1), (40, 7), (64, 63), (5, 5), (5, 9), (4096, 32)])
+def test_selection_among_few_is_a_top_k(width: int, k: int) -> None:
+    """With many ties and with infinite entries; where there are fewer than k entries, all of them."""
+    tile = torch.randn(9, width).mul_(4).round_()
+    tile[0] = 0
+    tile[1, 0], tile[2, -1] = float("inf"), float("-inf")
+    places = sparse._argtopk(tile, k)
+    assert all(len(set(row)) == min(k, width) for row in places.tolist())
+    assert torch.equal(tile.gather(1, places).sort(1).values, tile.topk(min(k, width)).values.flip(1))
+
+
 def test_gradients_without_the_private_kernel(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     w = case.weights
 

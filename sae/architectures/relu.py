@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.architectures.base import Loss, Weights
 from sae.codes import SparseCodes
 from sae.dense_tiles import dense_relu_loss
-from sae.sparse import decode, encode_relu, relu_codes
+from sae.sparse import encode_relu, relu_codes, squared_error
 
 SPARSE_BELOW = 1 / 8  # of the features firing per row: there the sparse path overtakes the dense formula
 L1_WARMUP = 0.05
@@ -47,7 +47,7 @@ class ReLU:
             mse = total.detach() - l1 * sparsity
             return Loss(total, {"mse": mse, "l1": sparsity}, entries, fired)
         codes = relu_codes(x, weights.b_dec, weights.encoder_rows, weights.b_enc)
-        mse = (x - decode(codes, weights.W_dec, weights.b_dec)).square().sum(1).mean()
+        mse, _ = squared_error(codes, weights.W_dec, weights.b_dec, x)
         sums = torch.zeros_like(weights.b_enc).index_add(0, codes.indices, codes.values)
         sparsity = (sums @ weights.W_dec.norm(dim=1)) / len(x)
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)

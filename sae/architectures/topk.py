@@ -16,11 +16,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from sae.architectures.base import Loss, Weights
 from sae.codes import SparseCodes
-from sae.sparse import decode, encode_topk, topk_codes
+from sae.sparse import decode, encode_topk, squared_error, topk_codes
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,11 @@ class TopK:
     def loss(self, weights: Weights, x: Tensor, dead: Tensor, done: float) -> Loss:
         """See the module's equation. ``done`` is not used: nothing is scheduled."""
         codes = topk_codes(x, weights.b_dec, weights.encoder_rows, weights.b_enc, self.k)
-        estimate = decode(codes, weights.W_dec, weights.b_dec)
-        mse = mse_loss(estimate, x, reduction="sum") / len(x)
+        mse, error = squared_error(codes, weights.W_dec, weights.b_dec, x)
         terms = {"mse": mse.detach()}
         total = mse
         if len(dead) and self.auxk:
-            auxiliary = self._auxiliary(weights, x, x - estimate.detach(), dead)
+            auxiliary = self._auxiliary(weights, x, -error, dead)
             terms["auxk"] = auxiliary.detach()
             total = mse + self.auxk * auxiliary
         fires = codes.values.detach() != 0
