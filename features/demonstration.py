@@ -21,12 +21,13 @@ from sae.model import SparseAutoencoder
 if TYPE_CHECKING:
     from features.index import FeatureIndex
 
-STRENGTHS = (0.75, 1.0, 1.5)
-"""In units of the feature's maximum; clamped much higher, a small model repeats one token."""
-FINALISTS = 8
-SEEDS = 4
+STRENGTHS = (0.5, 0.75, 1.0)
+"""In units of the feature's maximum; clamped higher, a small model repeats one token."""
+FINALISTS = 16
+SEEDS = 6
+DEFAULT_TEXTS = 32
 SHOWN_SEEDS = 5
-MIN_DISTINCT = 0.75
+MIN_DISTINCT = 0.6
 """Of the variety of unsteered text (:func:`distinct_share`): below, the text has begun to repeat itself."""
 MAX_DEFAULT_SHARE = 0.1
 """Of the feature's own tokens in unsteered text."""
@@ -80,6 +81,13 @@ def promoted_share(model: LanguageModel, text: str, tokens: frozenset[int]) -> f
     return sum(i in tokens for i in ids) / max(len(ids), 1)
 
 
+def _changing_share(model: LanguageModel, text: str, tokens: frozenset[int]) -> float:
+    """As :func:`promoted_share`, but a token that repeats the one before it does not count as one of ``tokens``."""
+    ids = model.tokenizer.encode(text)
+    changes = [i for last, i in zip([-1, *ids], ids, strict=False) if i != last]
+    return sum(i in tokens for i in changes) / max(len(ids), 1)
+
+
 def distinct_share(model: LanguageModel, text: str) -> float:
     """Number of different tokens of ``text`` as a share of all of them: low where a text repeats itself."""
     ids = model.tokenizer.encode(text)
@@ -101,8 +109,8 @@ def choose_demonstration(
     """Choose a feature by its output score and a strength by a small sweep.
 
     The features with the best output scores are steered at several strengths, from several seeds, all in one
-    batch. The pair of feature and strength wins that adds most to the share of the feature's own tokens while
-    the texts stay nearly as varied as unsteered ones.
+    batch. The pair of feature and strength wins that adds most to the share of the feature's own tokens (immediate
+    repetitions left out), weighted by how varied the texts stay, among those whose texts stay nearly as varied as unsteered ones.
 
     Raises:
         InputError: no feature fired, the index has no logit lens, or the prompt is too long.
@@ -171,28 +179,28 @@ def _best_setting(
     settings = [(feature, strength) for feature in score_of for strength in STRENGTHS]
     rows = [setting for setting in settings for _ in range(SEEDS)]
 
-    def write() -> list[str]:
+    def write(n: int) -> list[str]:
         return model.generate(
-            [prompt] * len(rows), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            [prompt] * n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
 
-    default = write()
+    default = write(DEFAULT_TEXTS)
     with model.edited(_edit(sae, index, rows, method)):
-        steered = write()
+        steered = write(len(rows))
     own = {feature: own_tokens(index, feature) for feature in score_of}
-    shares = np.array(
-        [
-            [promoted_share(model, text, own[feature]) for text in pair]
-            for (feature, _), *pair in zip(rows, default, steered, strict=True)
-        ]
-    ).reshape(len(settings), SEEDS, 2)
-    variety = np.array([[distinct_share(model, text) for text in texts] for texts in (default, steered)])
-    varied = variety[1].reshape(len(settings), SEEDS).mean(axis=1) >= MIN_DISTINCT * variety[0].mean()
-    gains = shares[:, :, 1] - shares[:, :, 0]
+    usual = {f: float(np.mean([_changing_share(model, text, own[f]) for text in default])) for f in own}
+    before = np.array([usual[feature] for feature, _ in settings])
+    after = np.array(
+        [_changing_share(model, text, own[feature]) for (feature, _), text in zip(rows, steered, strict=True)]
+    ).reshape(len(settings), SEEDS)
+    usual_variety = np.mean([distinct_share(model, text) for text in default])
+    variety = np.array([distinct_share(model, text) for text in steered]).reshape(len(settings), SEEDS)
+    variety = np.minimum(variety / max(usual_variety, 1e-9), 1)
+    gains = (after - before[:, None]) * variety
     # A feature whose tokens stand everywhere shows nothing. Gains lie between −1 and 1, so settings that are not
     # usable win only where none is; the median seed, so that one lucky text does not choose.
-    telling = shares[:, :, 0].mean(axis=1) <= MAX_DEFAULT_SHARE
-    feature, strength = settings[int((np.median(gains, axis=1) + 2 * varied + 2 * telling).argmax())]
+    usable = 2 * (before <= MAX_DEFAULT_SHARE) + 2 * (variety.mean(axis=1) >= MIN_DISTINCT)
+    feature, strength = settings[int((np.median(gains, axis=1) + usable).argmax())]
     return feature, strength, score_of[feature]
 
 
