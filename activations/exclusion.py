@@ -31,7 +31,7 @@ class Exclusion:
 
     def kept(self, ids: Tensor, x: Tensor) -> Tensor:
         """Which positions count: bool [...], for token ids [...] and activations [..., d]."""
-        return is_text(ids.to(x.device), self.special_ids) & (x.float().norm(dim=-1) <= self.max_norm)
+        return is_text(ids.to(x.device), self.special_ids) & (norms(x) <= self.max_norm)
 
     @classmethod
     def measure(cls, special_ids: Iterable[int], batches: Iterable[tuple[Tensor, Tensor]]) -> "Exclusion":
@@ -45,16 +45,21 @@ class Exclusion:
             InputError: there is no token that is not special.
         """
         special = frozenset(special_ids)
-        norms: list[Tensor] = []
+        found: list[Tensor] = []
         missing = SAMPLE_TOKENS
         for ids, x in batches:
-            norms.append(x.float().norm(dim=-1)[is_text(ids.to(x.device), special)][:missing].cpu())
-            missing -= len(norms[-1])
+            found.append(norms(x)[is_text(ids.to(x.device), special)][:missing].cpu())
+            missing -= len(found[-1])
             if missing <= 0:
                 break
-        if not any(len(batch) for batch in norms):
+        if not any(len(batch) for batch in found):
             raise InputError("The corpus holds special tokens only: give one that holds text.")
-        return cls(special, OUTLIER_FACTOR * float(torch.cat(norms).median()))
+        return cls(special, OUTLIER_FACTOR * float(torch.cat(found).median()))
+
+
+def norms(x: Tensor) -> Tensor:
+    """Euclidean norms of activations [..., d]: [...], in float32 or better."""
+    return torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def is_text(ids: Tensor, special_ids: frozenset[int]) -> Tensor:

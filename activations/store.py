@@ -109,7 +109,7 @@ class ActivationStore:
         )
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Activations of blocks ``start`` to ``stop``: float32 [stop - start, context, width].
+        """Activations of blocks ``start`` to ``stop`` as they are stored: bfloat16 [stop - start, context, width].
 
         Raises:
             InputError: a shard is missing or damaged.
@@ -122,7 +122,7 @@ class ActivationStore:
             try:
                 # Opened for this read only: pages of a mapping that stays open count as memory in use.
                 with safe_open(path, "pt") as shard:
-                    parts.append(shard.get_slice("activations")[first:last].float())
+                    parts.append(shard.get_slice("activations")[first:last])
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{path} cannot be read ({error}): capture again.") from None
             start += last - first

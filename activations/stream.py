@@ -1,8 +1,8 @@
 """Shuffled batches of activations for training.
 
-A ring buffer holds ``buffer_rows`` activations. A *round* is what it holds when the round begins: its slots
-are given out in random order, batch by batch, and the slots of each batch are filled at once with the next
-rows of the source, which belong to the next round. So every batch costs the same, every activation is given
+A ring buffer holds ``buffer_rows`` activations, by default half a gigabyte of them. A *round* is what it holds
+when the round begins: its slots are given out in random order, batch by batch, and the slots of each batch are
+filled at once with the next rows of the source, which belong to the next round. So every batch costs the same, every activation is given
 out exactly once per pass over the blocks, and a stream continues from three counters: it reads again the rows
 of the round (and those of the next round so far), and draws everything random anew from (seed, round).
 
@@ -33,7 +33,7 @@ from activations.store import ActivationStore
 if TYPE_CHECKING:
     from activations.models import LanguageModel
 
-BUFFER_ROWS = 262_144
+BUFFER_BYTES = 1 << 29
 _ORDER_OF_BLOCKS, _ORDER_OF_ROWS = 0, 1
 
 
@@ -144,11 +144,15 @@ class ActivationStream(Iterator[Tensor]):
         n_tokens: activations in all.
     """
 
-    def __init__(self, source: _Source, *, batch_size: int, n_batches: int, seed: int, buffer_rows: int):
+    def __init__(
+        self, source: _Source, *, batch_size: int, n_batches: int, seed: int, buffer_rows: int | None = None
+    ):
         self.width = source.width
         self.batch_size, self.n_batches = batch_size, n_batches
         self.n_tokens = n_batches * batch_size
         self._source, self._seed = source, seed
+        if buffer_rows is None:
+            buffer_rows = BUFFER_BYTES // (source.width * source.dtype.itemsize)
         self._round_batches = max(1, min(max(2, buffer_rows // batch_size), n_batches))
         self._round_rows = self._round_batches * batch_size
         self._batches_done = 0
@@ -163,7 +167,7 @@ class ActivationStream(Iterator[Tensor]):
         batch_size: int,
         n_batches: int,
         seed: int = 0,
-        buffer_rows: int = BUFFER_ROWS,
+        buffer_rows: int | None = None,
         device: torch.device | str = "cpu",
     ) -> "ActivationStream":
         """Read activations from disk; buffer and batches are on ``device``."""
@@ -181,7 +185,7 @@ class ActivationStream(Iterator[Tensor]):
         batch_size: int,
         n_batches: int,
         seed: int = 0,
-        buffer_rows: int = BUFFER_ROWS,
+        buffer_rows: int | None = None,
     ) -> "ActivationStream":
         """Compute activations when they are needed; buffer and batches are on the model's device.
 

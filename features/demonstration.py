@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.5, 0.75, 1.0)
 """In units of the feature's maximum; clamped higher, a small model repeats one token."""
-FINALISTS = 16
+FINALISTS = 12
 SEEDS = 6
 DEFAULT_TEXTS = 32
-SHOWN_SEEDS = 5
+SHOWN_SEEDS = 3
 MIN_DISTINCT = 0.6
 """Of the variety of unsteered text (:func:`distinct_share`): below, the text has begun to repeat itself."""
 MAX_DEFAULT_SHARE = 0.1
@@ -109,8 +109,8 @@ def choose_demonstration(
     """Choose a feature by its output score and a strength by a small sweep.
 
     The features with the best output scores are steered at several strengths, from several seeds, all in one
-    batch. The pair of feature and strength wins that adds most to the share of the feature's own tokens (immediate
-    repetitions left out), weighted by how varied the texts stay, among those whose texts stay nearly as varied as unsteered ones.
+    batch. That pair of feature and strength wins that adds most to the share of the feature's own tokens (immediate
+    repetitions left out), weighted by how varied the texts stay, if they stay nearly as varied as unsteered ones.
 
     Raises:
         InputError: no feature fired, the index has no logit lens, or the prompt is too long.
@@ -180,9 +180,7 @@ def _best_setting(
     rows = [setting for setting in settings for _ in range(SEEDS)]
 
     def write(n: int) -> list[str]:
-        return model.generate(
-            [prompt] * n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        return model.generate([prompt] * n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     default = write(DEFAULT_TEXTS)
     with model.edited(_edit(sae, index, rows, method)):

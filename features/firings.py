@@ -131,7 +131,7 @@ def stream_firings(
     codes = (
         (
             np.concatenate([kept for kept, _ in group]),
-            sae.encode(torch.cat([x for _, x in group]).to(sae.device)),
+            sae.encode(torch.cat([x for _, x in group]).to(sae.b_dec)),
         )
         for group in _grouped(activations, ENCODE_POSITIONS, lambda item: len(item[0]))
     )

@@ -53,10 +53,12 @@ class TrainConfig:
     """The sparse autoencoder."""
     tokens: int = 2_000_000
     """Training tokens."""
+    passes: int = 1
+    """How often the training tokens are read, in another order each time."""
     context_length: int | None = None
     """Tokens per sequence; by default what the model was made for, at most 1,024."""
     batch_tokens: int | None = None
-    """Tokens per training step; chosen from the length of the run by default."""
+    """Tokens per training step; by default chosen from the length of the run."""
     learning_rate: float | None = None
     """Peak learning rate of Adam; chosen from the number of steps by default."""
     warmup: float = 0.05
@@ -70,6 +72,8 @@ class TrainConfig:
         """Raise InputError for settings that no run can have."""
         if self.tokens < 1:
             raise InputError(f"tokens is {self.tokens}, and must be at least 1.")
+        if self.passes < 1:
+            raise InputError(f"passes is {self.passes}, and must be at least 1.")
         if self.context_length is not None and self.context_length < 8:
             raise InputError(f"context_length is {self.context_length}, and must be at least 8.")
         if self.seed < 0 or self.corpus.seed < 0:
@@ -83,16 +87,20 @@ class TrainConfig:
                 "warmup and decay are fractions of the run: neither may be negative, nor their sum above 1."
             )
 
+    def tokens_read(self) -> int:
+        """Training tokens, counted once for every pass."""
+        return self.tokens * self.passes
+
     def resolved_batch_tokens(self) -> int:
-        """``batch_tokens``, or about 1,000 steps' worth: a power of two from 64 to 4,096."""
+        """``batch_tokens``, or about 2,000 steps' worth: a power of two from 64 to 4,096."""
         if self.batch_tokens is not None:
-            return min(self.batch_tokens, self.tokens)
-        ideal = round(math.log2(max(self.tokens / 1000, 1)))
-        return min(2 ** min(max(ideal, 6), 12), self.tokens)
+            return min(self.batch_tokens, self.tokens_read())
+        ideal = round(math.log2(max(self.tokens_read() / 2000, 1)))
+        return min(2 ** min(max(ideal, 6), 12), self.tokens_read())
 
     def n_steps(self) -> int:
         """Number of training steps (whole batches)."""
-        return self.tokens // self.resolved_batch_tokens()
+        return self.tokens_read() // self.resolved_batch_tokens()
 
     def resolved_learning_rate(self) -> float:
         """``learning_rate``, or a power law in the number of steps, at most 6e-3.

@@ -66,7 +66,7 @@ class Trainer:
         self.steps_done = 0
         self.tokens_done = 0
         self.silent_tokens = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=mean.device)
-        self.dead_window = min(DEAD_WINDOW_TOKENS, max(config.tokens // 5, 1))
+        self.dead_window = min(DEAD_WINDOW_TOKENS, max(config.tokens_read() // 5, 1))
 
     def step(self, activations: Tensor) -> tuple[Loss, Tensor]:
         """One optimiser step on raw activations ``[n, d_in]``.
@@ -191,7 +191,7 @@ def train(
     log_every = max(trainer.n_steps // LOG_LINES, 1)
     checkpoint_every = log_every * CHECKPOINT_EVERY_LINES
     remaining = trainer.n_steps - trainer.steps_done
-    with progress("train", total=config.tokens, unit="tokens") as advance:
+    with progress("train", total=config.tokens_read(), unit="tokens") as advance:
         advance(trainer.tokens_done)
         for batch in itertools.islice(batches, remaining):
             log.add(*trainer.step(batch), n=len(batch))
@@ -203,7 +203,7 @@ def train(
                 _write_checkpoint(trainer, batches, folder, inputs)
     if trainer.steps_done < trainer.n_steps:
         raise InputError(
-            f"The activations ended after {trainer.tokens_done:,} of {config.tokens:,} training tokens."
+            f"The activations ended after {trainer.tokens_done:,} of {config.tokens_read():,} training tokens."
         )
     dead = int((trainer.silent_tokens > trainer.dead_window).sum())
     facts = {"training_tokens": trainer.tokens_done, "dead": dead, "dead_window_tokens": trainer.dead_window}

@@ -21,6 +21,8 @@ class Arguments:
     """The run folder."""
     tokens: int = 2_000_000
     """Training tokens; everything else is scaled with them."""
+    passes: int = 2
+    """How often training reads them."""
     k: int = 32
     """How many features fire per token."""
     d_sae: int = 4096
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         corpus=CorpusConfig(packages=given.packages, seed=given.seed),
         sae=SAEConfig(d_sae=given.d_sae, k=given.k),
         tokens=given.tokens,
+        passes=given.passes,
         seed=given.seed,
     )
     pipeline = Pipeline(given.out, config, store_activations=True, progress=progress)

@@ -76,7 +76,10 @@ def _describe_run(path: Path) -> None:
             ["model", config.model],
             ["hook", config.hook_name],
             ["SAE", shape],
-            ["training tokens", f"{config.tokens:,}"],
+            [
+                "training tokens",
+                f"{config.tokens:,}" + (f", read {config.passes} times" if config.passes > 1 else ""),
+            ],
             *([name, str(where) if where.exists() else "not there yet"] for name, where in stages.items()),
         ],
     )

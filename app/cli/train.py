@@ -29,10 +29,12 @@ def main(arguments: Sequence[str]) -> None:
 
     pipeline = Pipeline(given.out, given.train, progress=progress)
     pipeline.start()
-    stage(f"Training on {given.train.tokens:,} tokens at {given.train.hook_name} of {given.train.model}")
+    stage(
+        f"Training on {given.train.tokens_read():,} tokens at {given.train.hook_name} of {given.train.model}"
+    )
     available = pipeline.train_blocks.n_tokens
-    if available < given.train.tokens:
-        passes = given.train.tokens / available
+    if available < given.train.tokens_read():
+        passes = given.train.tokens_read() / available
         console.print(
             f"  The corpus holds {available:,} training tokens: it is read {passes:.1f} times over."
         )
