@@ -2,9 +2,10 @@
 
 A ring buffer holds ``buffer_rows`` activations, by default half a gigabyte of them. A *round* is what it holds
 when the round begins: its slots are given out in random order, batch by batch, and the slots of each batch are
-filled at once with the next rows of the source, which belong to the next round. So every batch costs the same, every activation is given
-out exactly once per pass over the blocks, and a stream continues from three counters: it reads again the rows
-of the round (and those of the next round so far), and draws everything random anew from (seed, round).
+filled at once with the next rows of the source, which belong to the next round. So every batch costs the same,
+every activation is given out exactly once per pass over the blocks, and a stream continues from three counters:
+it reads again the rows of the round (and those of the next round so far), and draws everything random anew from
+(seed, round).
 
 The source gives batches of blocks in an order that is drawn anew for every pass, since a long document fills
 many neighbouring blocks.
