@@ -22,10 +22,9 @@ from torch.nn.functional import embedding_bag
 from sae.codes import Pattern, SparseCodes
 from sae.workers import n_workers, share
 
-_TILE_ROWS = 512  # the product then runs at nearly its full rate (every tile packs the weights once more)
-_TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
-_RUNS = 4
-_ALIGNMENT = 16  # the input is widened to a multiple of so many numbers, which matrix products like
+_TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
+_TILE_BYTES = 32 << 20  # of pre-activations: selection then reads them from the cache
+_RUNS = 8
 
 _workspace = threading.local()
 
@@ -50,54 +49,41 @@ def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return buffers[key][:size].view(shape)
 
 
+@torch.no_grad()
 def map_tiles(
     work: Callable[[Tensor], T], centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor
 ) -> list[T]:
     """``work`` on the pre-activations ``centred · W_enc + b_enc``, tile of rows by tile of rows; no gradient.
 
-    On a CPU the tiles are shared out among threads (:mod:`sae.workers`). And in a long batch the bias is the weight
-    of one more input that is always 1: adding it to the product would read and write every pre-activation once
-    more, at a tenth of the product's cost.
+    The product is one operator; ``work`` on a tile is shared out among threads (:mod:`sae.workers`), some rows each.
 
     Args:
-        work: takes a tile ``[rows, d_sae]``, valid during the call only.
+        work: takes ``[rows, d_sae]``, valid during the call only.
         centred: ``[n, d_in]``, the input minus b_dec. encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``.
 
     Returns:
         the results in the order of the rows.
     """
-    n, d_in = centred.shape
-    d_sae = len(encoder_rows)
-    inputs, weights, bias = centred, encoder_rows.detach(), encoder_bias.detach()
-    augmented = centred.device.type == "cpu" and n > 2 * d_in
-    if augmented:
-        width = (d_in // _ALIGNMENT + 1) * _ALIGNMENT
-        inputs, weights = (
-            _buffer(name, (m, width), centred) for name, m in (("inputs", n), ("weights", d_sae))
-        )
-        inputs[:, :d_in], weights[:, :d_in] = centred, encoder_rows.detach()
-        inputs[:, d_in:], weights[:, d_in:] = 0, 0
-        inputs[:, d_in], weights[:, d_in] = 1, bias
+    d_sae, device = len(encoder_rows), centred.device
+    weights, bias = encoder_rows.detach().t(), encoder_bias.detach()
 
-    @torch.no_grad()
-    def one(rows: Tensor) -> T:
-        tile = _buffer("tile", (len(rows), d_sae), centred)
-        if augmented:
-            torch.mm(rows, weights.t(), out=tile)
-        else:
-            torch.addmm(bias, rows, weights.t(), out=tile)
-        return work(tile)
+    @torch.no_grad()  # which holds in one thread only
+    def one(part: Tensor) -> T:
+        return work(part)
 
-    most = max(16, math.ceil(n / n_workers(centred.device)))
-    return share(one, inputs.split(min(tile_rows(d_sae, centred.element_size()), most)), centred.device)
+    results: list[T] = []
+    for rows in centred.split(tile_rows(d_sae, centred.element_size())):
+        tile = torch.addmm(bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), centred))
+        results += share(one, tile.split(max(16, math.ceil(len(rows) / n_workers(device)))), device)
+    return results
 
 
 def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row, exactly, by a tournament.
 
-    View a row as 4 runs of a quarter of its length and take the maximum across the runs (which vectorises). The k
-    largest entries lie in the k columns with the largest maxima, so 4k candidates remain; the k largest maxima
-    are found in the same way, until the row is too short for it to pay.
+    View a row as 8 runs of equal length and take the maximum across the runs (which vectorises). The k largest
+    entries lie in the k columns with the largest maxima, so 8k candidates remain; the k largest maxima are found in
+    the same way, until the row is too short for it to pay.
 
     Args:
         tile: ``[rows, width]``.
@@ -108,14 +94,14 @@ def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows, width = tile.shape
     if tile.device.type != "cpu":
         return tile.topk(k, dim=1, sorted=False)
-    if width % _RUNS or width < 2 * _RUNS * k:
+    if width % _RUNS or width <= 4 * _RUNS * k:
         indices = _argtopk(tile, k)
         return tile.gather(1, indices), indices
-    quarter = width // _RUNS
-    maxima = _buffer(f"maxima {quarter}", (rows, quarter), tile)
-    torch.amax(tile.view(rows, _RUNS, quarter), dim=1, out=maxima)
+    length = width // _RUNS
+    maxima = _buffer(f"maxima {length}", (rows, length), tile)
+    torch.amax(tile.view(rows, _RUNS, length), dim=1, out=maxima)
     winners = topk_of_tile(maxima, k)[1]
-    starts = torch.arange(0, width, quarter).view(_RUNS, 1)
+    starts = torch.arange(0, width, length).view(_RUNS, 1)
     columns = (winners.unsqueeze(1) + starts).view(rows, _RUNS * k)
     candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _RUNS * k), tile))
     best = _argtopk(candidates, k)
