@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         f"Training on {given.train.tokens_read():,} tokens at {given.train.hook_name} of {given.train.model}"
     )
     available = pipeline.train_blocks.n_tokens
-    if available < given.train.tokens_read():
+    if available < given.train.tokens:
         passes = given.train.tokens_read() / available
         console.print(
             f"  The corpus holds {available:,} training tokens: it is read {passes:.1f} times over."
