@@ -421,7 +421,7 @@ class LanguageModel:
         needed = {*hook_names, *(edit.hook_name for scope in scopes for edit in scope.edits)}
         if self._sites is not None and needed <= self._sites.keys():
             architecture = ARCHITECTURES.get(self.config.model_type)
-            blocks = architecture and architecture.blocks
+            blocks = None if architecture is None else architecture.blocks
             return Backend(self._hf_model, self._hf_model.base_model, self._sites, blocks)
         for name in sorted(needed):
             self._refuse_absent(name)
