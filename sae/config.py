@@ -92,11 +92,15 @@ class TrainConfig:
         return self.tokens * self.passes
 
     def resolved_batch_tokens(self) -> int:
-        """``batch_tokens``, or about 4,000 steps' worth: a power of two from 64 to 4,096."""
+        """``batch_tokens``, or ``1024 · √(tokens read / 4 million)`` as a power of two from 64 to 4,096.
+
+        So a longer run has both more and larger steps. Measured on the bundled model: 1,024 beats 512 and 2,048 at
+        4 million, 256 beats 64 at 200,000.
+        """
         if self.batch_tokens is not None:
             return min(self.batch_tokens, self.tokens_read())
-        ideal = round(math.log2(max(self.tokens_read() / 4000, 1)))
-        return min(2 ** min(max(ideal, 6), 12), self.tokens_read())
+        exponent = round(10 + math.log2(self.tokens_read() / 4_000_000) / 2)
+        return min(2 ** min(max(exponent, 6), 12), self.tokens_read())
 
     def n_steps(self) -> int:
         """Number of training steps (whole batches)."""

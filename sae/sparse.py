@@ -254,13 +254,7 @@ def _gathered_dots_plain(left: Tensor, right: Tensor, pattern: Pattern, chunk: i
 
 
 def topk_codes(
-    x: Tensor,
-    b_dec: Tensor,
-    encoder_rows: Tensor,
-    encoder_bias: Tensor,
-    k: int,
-    *,
-    relu: bool = True,
+    x: Tensor, b_dec: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
 ) -> SparseCodes:
     """TopK encoder with gradients: ``topk(relu((x − b_dec) W_enc + b_enc))`` (Gao et al. 2024, 2406.04093).
 

@@ -1,7 +1,8 @@
 """Share work out among a few Python threads, each of which computes on one thread.
 
-On a CPU that beats threads inside every operator: pieces stay in a core's cache from one operator to the next, and
-no operator waits for the slowest of several threads, which on a busy machine costs more than the work itself.
+For many small operators on a CPU that beats threads inside each of them: pieces stay in a core's cache from one
+operator to the next, and no operator waits for the slowest of several threads, which on a busy machine costs more than
+the work itself. One large product is better left to PyTorch's own threads.
 """
 
 from collections.abc import Callable, Iterable, Sequence

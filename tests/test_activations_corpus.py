@@ -466,3 +466,12 @@ def test_what_was_cut_off_follows_where_even_shares_are_not_enough(tmp_path: Pat
     assert (
         sum(text in blocks_text for blocks_text in [" ".join(as_texts(blocks))] for text in texts[2:]) == 18
     )
+
+
+def test_too_few_test_tokens_are_refused(tmp_path: Path) -> None:
+    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts_of("test", 100)))))
+    with pytest.raises(InputError) as error:
+        corpus.blocks(ByteTokenizer(), "test", 199, 64)
+    assert str(error.value) == (
+        "The test split was asked for 199 tokens, and metrics need at least 200, from 100 documents."
+    )

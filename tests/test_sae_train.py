@@ -203,7 +203,7 @@ def test_impossible_settings_are_refused_before_anything_is_written(
 def test_defaults_follow_the_length_of_the_run() -> None:
     short, usual, long = (TrainConfig(tokens=n) for n in (20_000, 2_000_000, 500_000_000))
     twice = TrainConfig(tokens=2_000_000, passes=2)
-    assert [c.resolved_batch_tokens() for c in (short, usual, twice, long)] == [64, 512, 1024, 4096]
+    assert [c.resolved_batch_tokens() for c in (short, usual, twice, long)] == [64, 1024, 1024, 4096]
     assert short.n_steps() > 100
     assert twice.n_steps() == 4_000_000 // 1024
     # SAEBench's recipe, 3e-4 for 244,000 steps (2503.09532), lies on the same curve.
