@@ -65,14 +65,14 @@ _BATCH_CHARACTERS = 500_000
 class CorpusConfig:
     """What to read and how to cut it into token blocks."""
 
-    source: str = "python"
-    """"python" (the sources of this interpreter's standard library), or a file, folder or glob of .txt, .md,
-    .py or .jsonl files."""
+    text: tuple[str, ...] = ("python",)
+    """Sources: "python" (this interpreter's standard library), or files, folders or globs of .txt, .md, .py or
+    .jsonl files."""
     packages: tuple[str, ...] = ()
-    """Installed packages to read as well, by import name (source "python" only)."""
+    """Installed packages to read as well, by import name (with source "python" only)."""
     column: str = "text"
     """Field of a .jsonl line that holds the text."""
-    seed: int = 0
+    shuffle_seed: int = 0
     """Order of the documents."""
     packing: Packing = "concatenated"
     """"concatenated": documents joined by the end-of-text token, cut anywhere; "isolated": one document per
@@ -85,6 +85,11 @@ class CorpusConfig:
             raise InputError(
                 f"Packing {self.packing!r} does not exist: it is one of {', '.join(get_args(Packing))}."
             )
+
+    @property
+    def name(self) -> str:
+        """The sources in one line."""
+        return " ".join(self.text)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class _Entry:
     """−1: to the end of the file."""
     split: Split
     digest: str
+    is_python: bool = False
     fills_up: bool = False
     """Not of the corpus that was asked for: read only so that the test split has enough documents."""
 
@@ -172,7 +178,7 @@ class Corpus:
         if split == "test":
             if len(entries) < TEST_DOCUMENTS:
                 raise InputError(
-                    f"The test split of corpus {config.source!r} has {len(entries)} documents, and metrics"
+                    f"The test split of corpus {config.name!r} has {len(entries)} documents, and metrics"
                     f" need at least {TEST_DOCUMENTS}: give more documents (about one in 50 is held out)."
                 )
             if n_tokens < 2 * TEST_DOCUMENTS:
@@ -184,7 +190,7 @@ class Corpus:
             limit = min(TEST_TOKENS_PER_DOCUMENT, n_tokens // TEST_DOCUMENTS - 1)
         if not entries:
             raise InputError(
-                f"The {split} split of corpus {config.source!r} is empty"
+                f"The {split} split of corpus {config.name!r} is empty"
                 f" ({self._count()}): give a source that holds more text."
             )
         packer = Packer(
@@ -233,7 +239,7 @@ class Corpus:
         if split not in get_args(Split):
             raise InputError(f"There is no split {split!r}: it is one of {', '.join(get_args(Split))}.")
         entries = sorted((e for e in self._scan.entries if e.split == split), key=lambda entry: entry.name)
-        random.Random(self.config.seed).shuffle(entries)
+        random.Random(self.config.shuffle_seed).shuffle(entries)
         return sorted(entries, key=lambda entry: entry.fills_up)
 
     def _read(self, entry: _Entry) -> Document:
@@ -242,17 +248,19 @@ class Corpus:
             data = file.read(entry.n_bytes)
         is_row = entry.path.suffix == ".jsonl"
         text = json.loads(data)[self.config.column] if is_row else _decode(data)
-        return Document(entry.name, entry.path.name if self.config.source == "python" else text, text)
+        return Document(entry.name, entry.path.name if entry.is_python else text, text)
 
     @cached_property
     def _scan(self) -> "_Scan":
         left_out: Counter[str] = Counter()
-        if self.config.source == "python":
-            found = _python_entries(self.config.packages, left_out)
-        elif self.config.packages:
+        if self.config.packages and "python" not in self.config.text:
             raise InputError('packages are read with source "python" only: leave packages out.')
-        else:
-            found = _text_entries(self.config.source, self.config.column, left_out)
+        found: list[_Entry] = []
+        for source in self.config.text:
+            if source == "python":
+                found.extend(_python_entries(self.config.packages, left_out))
+            else:
+                found.extend(_text_entries(source, self.config.column, left_out))
         # Of exact copies the one in train stays before score before test: test holds nothing that was seen.
         rank = {split: place for place, split in enumerate(get_args(Split))}
         ordered = sorted(found, key=lambda e: (e.digest, rank[e.split], e.name))
@@ -322,7 +330,9 @@ def _python_files(
                 left_out[str(reason)] += 1
             else:
                 name = (Path(prefix) / path.relative_to(root)).as_posix()
-                yield _Entry(name, path, 0, -1, split, _digest(text), fills_up=only is not None)
+                yield _Entry(
+                    name, path, 0, -1, split, _digest(text), is_python=True, fills_up=only is not None
+                )
 
 
 def _python_text(path: Path) -> str:

@@ -230,7 +230,7 @@ class Pipeline:
             "packing": blocks.packing,
             "exclude_special_tokens": True,
             "max_norm": None if exclusion.max_norm == float("inf") else exclusion.max_norm,
-            "dataset_path": config.corpus.source,
+            "dataset_path": config.corpus.name,
             "corpus_hash": self.corpus.hash,
         }
         return train(

@@ -76,8 +76,8 @@ class TrainConfig:
             raise InputError(f"passes is {self.passes}, and must be at least 1.")
         if self.context_length is not None and self.context_length < 8:
             raise InputError(f"context_length is {self.context_length}, and must be at least 8.")
-        if self.seed < 0 or self.corpus.seed < 0:
-            raise InputError(f"seed is {min(self.seed, self.corpus.seed)}, and must not be negative.")
+        if self.seed < 0 or self.corpus.shuffle_seed < 0:
+            raise InputError(f"seed is {min(self.seed, self.corpus.shuffle_seed)}, and must not be negative.")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise InputError(f"batch_tokens is {self.batch_tokens}, and must be at least 1.")
         if self.learning_rate is not None and self.learning_rate <= 0:

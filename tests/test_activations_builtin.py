@@ -84,7 +84,7 @@ def corpus(tmp_path: Path) -> Corpus:
     folder.mkdir()
     for number in range(0, 400, 20):
         (folder / f"{number}.txt").write_text("".join(lines[number : number + 20]))
-    return Corpus(CorpusConfig(source=str(folder)))
+    return Corpus(CorpusConfig(text=(str(folder),)))
 
 
 def test_the_script_trains_a_model_that_loads(
@@ -116,7 +116,7 @@ def test_the_script_trains_a_model_that_loads(
 
 def test_a_corpus_of_less_than_a_window_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("tiny")
-    corpus = Corpus(CorpusConfig(source=str(tmp_path / "a.txt")))
+    corpus = Corpus(CorpusConfig(text=(str(tmp_path / "a.txt"),)))
     with pytest.raises(InputError, match="fewer than one window of 256: give more text"):
         make_model(corpus, TrainingConfig(), tmp_path / "model", "cpu")
     assert not (tmp_path / "model").exists()

@@ -79,14 +79,14 @@ def test_a_folder_of_texts_falls_into_splits_by_text_and_is_shuffled_by_seed(tmp
     folder = write_texts(tmp_path / "texts", texts)
     orders = {}
     for seed in (0, 1):
-        corpus = Corpus(CorpusConfig(source=str(folder), seed=seed))
+        corpus = Corpus(CorpusConfig(text=(str(folder),), shuffle_seed=seed))
         orders[seed] = {split: corpus.documents(split) for split in ("train", "score", "test")}
         assert sorted(d.text for split in orders[seed].values() for d in split) == sorted(texts)
         assert all(split_of(d.text) == split for split in orders[seed] for d in orders[seed][split])
     names = [[d.name for d in orders[seed]["train"]] for seed in (0, 1)]
     assert names[0] != names[1]
     assert sorted(names[0]) == sorted(names[1])
-    again = Corpus(CorpusConfig(source=str(folder), seed=0))
+    again = Corpus(CorpusConfig(text=(str(folder),), shuffle_seed=0))
     assert again.documents("train") == orders[0]["train"]
 
 
@@ -94,7 +94,7 @@ def test_texts_are_left_out_for_a_reason_that_is_counted(tmp_path: Path) -> None
     folder = write_texts(tmp_path, ["one", "one", "two", "  \n", ""])
     (folder / "latin.txt").write_bytes("café".encode("latin-1"))
     (folder / "picture.png").write_bytes(b"\x89PNG")
-    corpus = Corpus(CorpusConfig(source=str(folder)))
+    corpus = Corpus(CorpusConfig(text=(str(folder),)))
     assert corpus.left_out == {"empty": 2, "unreadable": 1, "exact copy": 1}
     documents = [d for split in ("train", "score", "test") for d in corpus.documents(split)]
     assert {(d.name, d.text) for d in documents} == {("0000.txt", "one"), ("0002.txt", "two")}
@@ -103,10 +103,10 @@ def test_texts_are_left_out_for_a_reason_that_is_counted(tmp_path: Path) -> None
 def test_a_glob_and_a_file_name_their_documents_briefly(tmp_path: Path) -> None:
     write_texts(tmp_path / "a" / "b", ["deep"])
     write_texts(tmp_path / "a", ["shallow"])
-    by_glob = Corpus(CorpusConfig(source=str(tmp_path / "a" / "**" / "*.txt")))
+    by_glob = Corpus(CorpusConfig(text=(str(tmp_path / "a" / "**" / "*.txt"),)))
     names = {d.name for split in ("train", "score", "test") for d in by_glob.documents(split)}
     assert names == {"b/0000.txt", "0000.txt"}
-    by_file = Corpus(CorpusConfig(source=str(tmp_path / "a" / "0000.txt")))
+    by_file = Corpus(CorpusConfig(text=(str(tmp_path / "a" / "0000.txt"),)))
     documents = [d for split in ("train", "score", "test") for d in by_file.documents(split)]
     assert [(d.name, d.text) for d in documents] == [("0000.txt", "shallow")]
 
@@ -115,7 +115,7 @@ def test_jsonl_lines_are_documents_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "news.jsonl"
     rows = [{"body": "première"}, {"body": "second\r\n"}, {"body": ""}]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    corpus = Corpus(CorpusConfig(source=str(path), column="body"))
+    corpus = Corpus(CorpusConfig(text=(str(path),), column="body"))
     documents = {d.name: d.text for split in ("train", "score", "test") for d in corpus.documents(split)}
     assert documents == {"news.jsonl:1": "première", "news.jsonl:2": "second\r\n"}
     assert corpus.left_out == {"empty": 1}
@@ -124,7 +124,7 @@ def test_jsonl_lines_are_documents_named_by_line(tmp_path: Path) -> None:
 def test_half_characters_in_jsonl_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "news.jsonl"
     path.write_text('{"text": "whole 😀 \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
-    corpus = Corpus(CorpusConfig(source=str(path)))
+    corpus = Corpus(CorpusConfig(text=(str(path),)))
     documents = [d.text for split in ("train", "score", "test") for d in corpus.documents(split)]
     assert documents == ["whole 😀 😀"]
     assert corpus.left_out == {"unreadable": 1}
@@ -196,17 +196,17 @@ def test_other_packages_are_read_when_asked_for() -> None:
 
 def test_hash_changes_with_a_text_and_with_the_configuration(tmp_path: Path) -> None:
     folder = write_texts(tmp_path, ["one", "two"])
-    config = CorpusConfig(source=str(folder))
+    config = CorpusConfig(text=(str(folder),))
     before = Corpus(config).hash
     assert Corpus(config).hash == before
-    assert Corpus(CorpusConfig(source=str(folder), seed=1)).hash != before
+    assert Corpus(CorpusConfig(text=(str(folder),), shuffle_seed=1)).hash != before
     (folder / "0001.txt").write_text("three", encoding="utf-8")
     assert Corpus(config).hash != before
 
 
 def test_concatenated_blocks_are_the_stream_of_documents_cut_in_windows(tmp_path: Path) -> None:
     texts = texts_of("train", 30)
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts)),)))
     blocks = corpus.blocks(ByteTokenizer(), "train", n_tokens=500, context_length=32)
     stream: list[int] = []
     owners: list[int] = []
@@ -231,7 +231,7 @@ def test_concatenated_blocks_are_the_stream_of_documents_cut_in_windows(tmp_path
 
 def test_a_corpus_with_less_text_gives_all_of_it_and_pads_the_last_block(tmp_path: Path) -> None:
     texts = texts_of("train", 3, length=40)
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts)),)))
     blocks = corpus.blocks(ByteTokenizer(), "train", n_tokens=10_000, context_length=50)
     assert blocks.n_tokens == 3 * 41
     assert blocks.ids.shape == (3, 50)
@@ -247,7 +247,7 @@ def test_a_corpus_with_less_text_gives_all_of_it_and_pads_the_last_block(tmp_pat
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_isolated_blocks_hold_one_document_each(tmp_path: Path, adds_bos: bool) -> None:
     texts = texts_of("train", 4, length=40) + texts_of("train", 2, length=7 * 9)
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts)), packing="isolated"))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts)),), packing="isolated"))
     tokenizer = ByteTokenizer(bos_id=BOS, adds_bos=adds_bos)
     blocks = corpus.blocks(tokenizer, "train", n_tokens=10_000, context_length=16)
     for row in blocks.documents:
@@ -265,7 +265,7 @@ def test_isolated_blocks_hold_one_document_each(tmp_path: Path, adds_bos: bool) 
 
 def test_bos_in_concatenated_blocks_belongs_to_the_document_behind_it(tmp_path: Path) -> None:
     texts = texts_of("train", 5)
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts)), bos=True))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts)),), bos=True))
     blocks = corpus.blocks(ByteTokenizer(bos_id=BOS), "train", n_tokens=64, context_length=16)
     assert blocks.ids.shape == (4, 16)
     assert blocks.ids[:, 0].tolist() == [BOS] * 4
@@ -276,7 +276,7 @@ def test_bos_in_concatenated_blocks_belongs_to_the_document_behind_it(tmp_path: 
 
 def test_only_as_many_documents_are_tokenised_as_needed(tmp_path: Path) -> None:
     texts = texts_of("train", 20, length=200_000)
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts)),)))
     tokenizer = ByteTokenizer()
     corpus.blocks(tokenizer, "train", n_tokens=1000, context_length=100)
     assert tokenizer.n_encoded <= 3
@@ -288,7 +288,7 @@ def test_the_test_split_spreads_over_a_hundred_documents(
     tmp_path: Path, packing: corpus_module.Packing, n_tokens: int, most: int
 ) -> None:
     texts = texts_of("test", 101, length=2000)
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts)), packing=packing))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts)),), packing=packing))
     blocks = corpus.blocks(ByteTokenizer(), "test", n_tokens, context_length=64)
     tokens = np.bincount(blocks.documents[blocks.documents != PADDING])
     assert len(tokens) >= 100
@@ -300,7 +300,7 @@ def test_the_test_split_spreads_over_a_hundred_documents(
 
 
 def test_blocks_are_saved_and_loaded(tmp_path: Path) -> None:
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path / "t", texts_of("train", 5)))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path / "t", texts_of("train", 5))),)))
     blocks = corpus.blocks(ByteTokenizer(), "train", 100, 32)
     blocks.save(tmp_path / "blocks", {"corpus": corpus.hash})
     loaded = TokenBlocks.load(tmp_path / "blocks")
@@ -321,7 +321,7 @@ def test_blocks_are_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_damaged_blocks_are_refused(tmp_path: Path) -> None:
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path / "t", texts_of("train", 5)))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path / "t", texts_of("train", 5))),)))
     corpus.blocks(ByteTokenizer(), "train", 100, 32).save(tmp_path / "blocks")
     path = tmp_path / "blocks" / "tokens.safetensors"
     data = bytearray(path.read_bytes())
@@ -353,7 +353,7 @@ def test_the_hash_sees_every_token_and_document() -> None:
 def test_a_large_vocabulary_takes_int32(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 128_256
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts_of("train", 2)))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts_of("train", 2))),)))
     assert corpus.blocks(tokenizer, "train", 20, 10).ids.dtype == np.int32
 
 
@@ -361,58 +361,58 @@ def test_a_large_vocabulary_takes_int32(tmp_path: Path) -> None:
     ("config", "split", "sentence"),
     [
         (
-            {"source": "{folder}"},
+            {"text": "{folder}"},
             "score",
             "The score split of corpus '{folder}' is empty (documents in all splits: 3, 1 left out: empty):"
             " give a source that holds more text.",
         ),
         (
-            {"source": "{folder}"},
+            {"text": "{folder}"},
             "test",
             "The test split of corpus '{folder}' has 0 documents, and metrics need at least 100: give more"
             " documents (about one in 50 is held out).",
         ),
         (
-            {"source": "{folder}/nothing"},
+            {"text": "{folder}/nothing"},
             "train",
             'Corpus {folder}/nothing does not exist: give "python", or a file, folder or glob of .txt, .md,'
             " .py, .jsonl files.",
         ),
         (
-            {"source": "{folder}/*.md"},
+            {"text": "{folder}/*.md"},
             "train",
             "Corpus {folder}/*.md holds no .txt, .md, .py, .jsonl file: give a file, folder or glob that"
             " does.",
         ),
         (
-            {"source": "{folder}/rows.jsonl_"},
+            {"text": "{folder}/rows.jsonl_"},
             "train",
             "Corpus file {folder}/rows.jsonl_ is not one of .txt, .md, .py, .jsonl: convert it to one of"
             " these.",
         ),
         (
-            {"source": "{folder}/rows/rows.jsonl", "column": "body"},
+            {"text": "{folder}/rows/rows.jsonl", "column": "body"},
             "train",
             "{folder}/rows/rows.jsonl line 1 has no text in column 'body': name the column that holds it"
             " (there are: text, id).",
         ),
         (
-            {"source": "{folder}/rows/broken.jsonl"},
+            {"text": "{folder}/rows/broken.jsonl"},
             "train",
             "{folder}/rows/broken.jsonl line 2 is not JSON: each line must be one JSON object.",
         ),
         (
-            {"source": "{folder}", "packages": ("json",)},
+            {"text": "{folder}", "packages": ("json",)},
             "train",
             'packages are read with source "python" only: leave packages out.',
         ),
         (
-            {"source": "{folder}", "bos": True},
+            {"text": "{folder}", "bos": True},
             "train",
             "bos is on, but the tokenizer has no beginning-of-text token: leave bos off.",
         ),
         (
-            {"source": "{folder}"},
+            {"text": "{folder}"},
             "validation",
             "There is no split 'validation': it is one of train, score, test.",
         ),
@@ -428,10 +428,10 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(
     (rows / "rows.jsonl").write_text('{"text": "a", "id": 1}\n')
     (rows / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     config = {
-        key: value.format(folder=tmp_path) if key == "source" else value for key, value in config.items()
+        key: (value.format(folder=tmp_path),) if key == "text" else value for key, value in config.items()
     }
-    if config["source"] == str(tmp_path):  # the text files only
-        config["source"] = str(tmp_path / "*.txt")
+    if config["text"] == (str(tmp_path),):  # the text files only
+        config["text"] = (str(tmp_path / "*.txt"),)
         sentence = sentence.replace("'{folder}'", f"'{tmp_path}/*.txt'")
     with pytest.raises(InputError) as error:
         Corpus(CorpusConfig(**config)).blocks(ByteTokenizer(), split, 100, 10)
@@ -446,7 +446,7 @@ def test_an_unknown_packing_is_refused() -> None:
 
 def test_a_long_document_gives_no_more_than_half_as_much_again_as_its_even_share(tmp_path: Path) -> None:
     texts = [*texts_of("train", 2, length=20_000), *texts_of("train", 18, length=900)]
-    corpus = Corpus(CorpusConfig(str(write_texts(tmp_path, texts))))
+    corpus = Corpus(CorpusConfig((str(write_texts(tmp_path, texts)),)))
     blocks = corpus.blocks(ByteTokenizer(), "train", 10_000, context_length=64)
     sizes = np.bincount(blocks.documents[blocks.documents >= 0])
     assert sizes.max() <= 10_000 * 3 // (2 * 20) + 1  # and its separator
@@ -457,7 +457,7 @@ def test_a_long_document_gives_no_more_than_half_as_much_again_as_its_even_share
 
 def test_what_was_cut_off_follows_where_even_shares_are_not_enough(tmp_path: Path) -> None:
     texts = [*texts_of("train", 2, length=20_000), *texts_of("train", 18, length=900)]
-    corpus = Corpus(CorpusConfig(str(write_texts(tmp_path, texts))))
+    corpus = Corpus(CorpusConfig((str(write_texts(tmp_path, texts)),)))
     blocks = corpus.blocks(
         ByteTokenizer(), "train", 30_000, context_length=64
     )  # even shares hold about 21,000
@@ -469,7 +469,7 @@ def test_what_was_cut_off_follows_where_even_shares_are_not_enough(tmp_path: Pat
 
 
 def test_too_few_test_tokens_are_refused(tmp_path: Path) -> None:
-    corpus = Corpus(CorpusConfig(source=str(write_texts(tmp_path, texts_of("test", 100)))))
+    corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path, texts_of("test", 100))),)))
     with pytest.raises(InputError) as error:
         corpus.blocks(ByteTokenizer(), "test", 199, 64)
     assert str(error.value) == (

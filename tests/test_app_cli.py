@@ -164,10 +164,10 @@ def test_train_on_text_files(tmp_path: Path, sae: Command) -> None:
     texts.mkdir()
     for number in range(6000):
         (texts / f"{number}.txt").write_text(f"def function_{number}(x):\n    return x + {number}\n" * 3)
-    words = ("--corpus.source", texts, "--tokens", "5000", "--sae.d-sae", "64", "--sae.k", "4")
+    words = ("--text", texts, "--tokens", "5000", "--d-sae", "64", "--k", "4")
     printed = sae("train", "--out", tmp_path / "run", *words)
     assert "CE loss recovered" in printed
-    relu = (*words, "--sae.architecture", "relu", "--hook-name", "blocks.1.hook_mlp_out")
+    relu = (*words, "--architecture", "relu", "--hook-name", "blocks.1.hook_mlp_out")
     sae("train", "--out", tmp_path / "relu", *relu)
     assert json.loads((tmp_path / "relu" / "sae" / "cfg.json").read_text())["architecture"] == "standard"
 
@@ -215,21 +215,21 @@ def test_bad_settings_get_one_sentence_and_leave_no_trace(tmp_path: Path, sae: C
         assert not out.exists()
         return sentence
 
-    assert refused("--sae.d-sae", "16", "--sae.k", "16") == (
+    assert refused("--d-sae", "16", "--k", "16") == (
         "k is 16, and must be at least 1 and less than the number of features, 16."
     )
-    assert refused("--corpus.source", tmp_path / "missing") == (
+    assert refused("--text", tmp_path / "missing") == (
         f'Corpus {tmp_path / "missing"} does not exist: give "python", or a file, folder or glob of .txt, .md, .py,'
         " .jsonl files."
     )
-    assert refused("--corpus.source", tmp_path / "empty") == (
+    assert refused("--text", tmp_path / "empty") == (
         f"Corpus {tmp_path / 'empty'} holds no .txt, .md, .py, .jsonl file: give a file, folder or glob that does."
     )
-    assert refused("--corpus.source", few) == (
+    assert refused("--text", few) == (
         f"The test split of corpus {str(few)!r} has {held_out(few)} documents, and metrics need at least 100:"
         " give more documents (about one in 50 is held out)."
     )
-    assert refused("--corpus.packages", "nosuchpackage") == (
+    assert refused("--packages", "nosuchpackage") == (
         "Package 'nosuchpackage' is not installed here as a folder of Python files: install it, or give the name"
         " that it is imported by."
     )

@@ -61,8 +61,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = SAEConfig(d_sae=D_SAE, k=K)
     sae = SparseAutoencoder(config, weights, metadata)
     sae.save(folder.sae)
-    write_run_config(folder.path, TrainConfig(sae=config, corpus=CorpusConfig(source=str(texts))))
-    blocks = Corpus(CorpusConfig(source=str(texts))).blocks(model.tokenizer, "train", 3000, 64)
+    write_run_config(folder.path, TrainConfig(sae=config, corpus=CorpusConfig(text=(str(texts),))))
+    blocks = Corpus(CorpusConfig(text=(str(texts),))).blocks(model.tokenizer, "train", 3000, 64)
     build_index(model, sae, blocks, folder.index)
     labels = Labels.open(folder.labels)
     labels.put_automatic(

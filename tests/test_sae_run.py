@@ -12,7 +12,7 @@ from sae.run import read_run_config, write_run_config
 CONFIG = TrainConfig(
     model="gpt2",
     hook_name="blocks.5.hook_mlp_out",
-    corpus=CorpusConfig(packages=("numpy", "rich"), bos=True, packing="isolated", seed=3),
+    corpus=CorpusConfig(packages=("numpy", "rich"), bos=True, packing="isolated", shuffle_seed=3),
     sae=SAEConfig(architecture="relu", d_sae=77, l1=2.5),
     tokens=12_345,
     learning_rate=1e-3,

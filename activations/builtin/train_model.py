@@ -150,13 +150,13 @@ def make_model(corpus: Corpus, config: TrainingConfig, out: Path, device: str) -
         raise InputError(f"{out} is there already and not empty: give a new folder.")
     texts = [document.text for split in ("train", "score") for document in corpus.documents(split)]
     if not texts:
-        raise InputError(f"Corpus {corpus.config.source!r} is empty: give a source that holds text.")
+        raise InputError(f"Corpus {corpus.config.name!r} is empty: give a source that holds text.")
     # Two fifths of the text give much the same merges as all of it, in half the time.
     hf_tokenizer = train_tokenizer((text for place, text in enumerate(texts) if place % 5 < 2), config)
     stream = token_stream(texts, Tokenizer(hf_tokenizer))
     if len(stream) < config.context_length:
         raise InputError(
-            f"Corpus {corpus.config.source!r} holds {len(stream)} tokens to train on, fewer than one window"
+            f"Corpus {corpus.config.name!r} holds {len(stream)} tokens to train on, fewer than one window"
             f" of {config.context_length}: give more text."
         )
     print(f"{len(texts):,} documents, {len(stream):,} tokens", flush=True)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     from sae.config import SAEConfig, TrainConfig
 
     config = TrainConfig(
-        corpus=CorpusConfig(packages=given.packages, seed=given.seed),
+        corpus=CorpusConfig(packages=given.packages, shuffle_seed=given.seed),
         sae=SAEConfig(d_sae=given.d_sae, k=given.k),
         tokens=given.tokens,
         passes=given.passes,

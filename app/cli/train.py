@@ -17,7 +17,9 @@ class Arguments:
 
     out: Path
     """The run folder to make, or to continue."""
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
+        default_factory=TrainConfig
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
