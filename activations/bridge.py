@@ -12,6 +12,7 @@ import warnings
 from itertools import chain
 from typing import Any
 
+from activations.architectures import STREAM_HOOKS
 from activations.errors import InputError
 from activations.hooks import Backend, HookSites, Site
 
@@ -41,16 +42,35 @@ def start_bridge(hf_model: Any) -> Any:
         ) from None
 
 
-def bridge_backend(bridge: Any) -> Backend:
-    """The bridge as a way to run a model: every hook name and alias that TransformerLens gives it."""
+def centring_has_effect(bridge: Any) -> bool:
+    """Whether TransformerLens' centred writing weights change what this model shows and not what it computes.
+
+    They do where everything reads the residual stream through a LayerNorm in front of it.
+    """
+    adapter = bridge.adapter
+    reads_through_norm = adapter.supports_fold_ln and adapter.supports_center_writing_weights
+    return bool(reads_through_norm and bridge.cfg.normalization_type in ("LN", "LNPre"))
+
+
+def bridge_backend(bridge: Any, *, centred: bool = False) -> Backend:
+    """The bridge as a way to run a model: every hook name and alias that TransformerLens gives it.
+
+    Args:
+        bridge: a ``TransformerBridge``.
+        centred: whether what is captured in the residual stream has its mean subtracted.
+    """
+    points: dict[str, Any] = bridge.hook_dict
+    stream = {id(point) for name, point in points.items() if name.rpartition(".")[2] in STREAM_HOOKS}
     by_point: dict[int, Site] = {}
     sites: dict[str, Site] = {}
-    for name, point in bridge.hook_dict.items():
+    for name, point in points.items():
+        centre = centred and id(point) in stream
         if name.endswith(".hook_resid_mid"):
             # The same point as ln2.hook_in, but an edit of the residual stream must reach the residual too.
-            sites[name] = Site(point, "hook_point", in_place=True)
+            sites[name] = Site(point, "hook_point", in_place=True, centred=centre)
         else:
-            is_z = point is bridge.hook_dict.get(f"{name.rpartition('.attn.')[0]}.attn.hook_z")
-            sites[name] = by_point.setdefault(id(point), Site(point, "hook_point", flatten=is_z))
+            is_z = point is points.get(f"{name.rpartition('.attn.')[0]}.attn.hook_z")
+            site = Site(point, "hook_point", flatten=is_z, centred=centre)
+            sites[name] = by_point.setdefault(id(point), site)
     model = bridge.original_model
     return Backend(model, model.base_model, HookSites(sites))

@@ -46,6 +46,10 @@ class Edit:
         return edited.to(device=x.device, dtype=x.dtype)
 
 
+class StreamEdit(Edit):
+    """An edit that is given what really flows, also where the model centres what it shows (replays need this)."""
+
+
 @dataclass(eq=False)
 class EditScope:
     """The edits of one ``with`` block on one model, and which of them have taken effect so far."""
@@ -121,3 +125,8 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     Hugging Face's GPT-2 does not derive this from the mask by itself.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def is_left_padded(attention_mask: Tensor) -> bool:
+    """Whether a real token stands behind padding somewhere in ``attention_mask [batch, pos]``."""
+    return bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any())

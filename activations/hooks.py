@@ -9,14 +9,17 @@ meet, and a call from outside costs one look-up per hook.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from activations.edits import EditScope
+from activations.edits import Edit, EditScope, StreamEdit
 from activations.errors import InputError
 
 R = TypeVar("R")
@@ -27,99 +30,18 @@ class Site:
     """One place in a model: the input or the output of a module, or a TransformerLens ``HookPoint``.
 
     ``in_place`` marks a tensor that the block reads twice (``hook_resid_mid`` is both the normalisation's
-    input and the residual that the MLP's output is added to): an edit must be written into it. ``flatten``
-    joins the last two dimensions (heads and d_head) of what is captured and edited there.
+    input and the residual that the MLP's output is added to): an edit must be written into it. What is captured
+    and edited is always ``[batch, pos, width]``: ``flatten`` joins the last two dimensions (heads and d_head) of
+    what flows there, ``flat`` says that batch and pos are joined there. ``centred`` subtracts the mean over the
+    width from it, and adds it again to what an edit returns.
     """
 
     module: nn.Module
     side: Literal["input", "output", "hook_point"]
     in_place: bool = False
     flatten: bool = False
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where one family of Hugging Face models keeps its parts: paths inside the base model or a block."""
-
-    blocks: str
-    attention: str
-    attention_projection: str
-    mlp: str
-    mlp_projection: str
-    mlp_norm: str
-    final_norm: str
-
-
-LLAMA = Architecture(
-    blocks="layers",
-    attention="self_attn",
-    attention_projection="self_attn.o_proj",
-    mlp="mlp",
-    mlp_projection="mlp.down_proj",
-    mlp_norm="post_attention_layernorm",
-    final_norm="norm",
-)
-GPT2 = Architecture(
-    blocks="h",
-    attention="attn",
-    attention_projection="attn.c_proj",
-    mlp="mlp",
-    mlp_projection="mlp.c_proj",
-    mlp_norm="ln_2",
-    final_norm="ln_f",
-)
-GPT_NEOX = Architecture(
-    blocks="layers",
-    attention="attention",
-    attention_projection="attention.dense",
-    mlp="mlp",
-    mlp_projection="mlp.dense_4h_to_h",
-    mlp_norm="post_attention_layernorm",
-    final_norm="final_layer_norm",
-)
-ARCHITECTURES: Mapping[str, Architecture] = {"llama": LLAMA, "gpt2": GPT2, "gpt_neox": GPT_NEOX}
-"""Hugging Face ``model_type`` → layout, for the families that the SDPA path serves."""
-
-BLOCK_HOOKS = (
-    "hook_resid_pre",
-    "attn.hook_z",
-    "hook_attn_out",
-    "hook_resid_mid",
-    "mlp.hook_post",
-    "hook_mlp_out",
-    "hook_resid_post",
-)
-"""What the SDPA path serves in every block, in the order of the computation."""
-
-
-def has_parallel_residual(config: Any) -> bool:
-    """Whether attention and MLP both read the block's input (GPT-NeoX), so that nothing lies between them."""
-    return config.model_type == "gpt_neox" and bool(config.use_parallel_residual)
-
-
-def model_sites(base_model: nn.Module, config: Any) -> dict[str, Site]:
-    """Every hook that the SDPA path serves on ``base_model``, in the order of the computation.
-
-    ``base_model`` is the model without unembedding. Empty for a family not in :data:`ARCHITECTURES`.
-    """
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        return {}
-    sites: dict[str, Site] = {}
-    for layer, block in enumerate(base_model.get_submodule(architecture.blocks).children()):
-        at = {
-            "hook_resid_pre": Site(block, "input"),
-            "attn.hook_z": Site(block.get_submodule(architecture.attention_projection), "input"),
-            "hook_attn_out": Site(block.get_submodule(architecture.attention), "output"),
-            "hook_resid_mid": Site(block.get_submodule(architecture.mlp_norm), "input", in_place=True),
-            "mlp.hook_post": Site(block.get_submodule(architecture.mlp_projection), "input"),
-            "hook_mlp_out": Site(block.get_submodule(architecture.mlp), "output"),
-            "hook_resid_post": Site(block, "output"),
-        }
-        if has_parallel_residual(config):
-            del at["hook_resid_mid"]
-        sites.update({f"blocks.{layer}.{name}": at[name] for name in BLOCK_HOOKS if name in at})
-    return sites
+    flat: bool = False
+    centred: bool = False
 
 
 def missing_hook(
@@ -143,15 +65,33 @@ def missing_hook(
     )
 
 
+def check_buffer(name: str, buffer: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that was given to hold what flows at a hook and has another shape.
+
+    Raises:
+        InputError: names both shapes.
+    """
+    if buffer.shape != shape:
+        raise InputError(
+            f"The buffer for {name} has shape {tuple(buffer.shape)}; it must be {shape}, the shape of what flows there."
+        )
+
+
 class _StopForwardError(Exception):
     """Ends a forward pass as soon as everything asked for has been captured."""
 
 
 class _ForwardPass:
-    """What the hooks of one model do during one forward pass."""
+    """What the hooks of one model do during one forward pass over ``batch`` rows."""
 
     def __init__(
-        self, sites: "HookSites", names: Sequence[str], scopes: Sequence[EditScope], positions: Tensor | None
+        self,
+        sites: "HookSites",
+        names: Sequence[str],
+        batch: int,
+        scopes: Sequence[EditScope],
+        positions: Tensor | None,
+        out: Mapping[str, Tensor],
     ):
         self.captured: dict[str, Tensor] = {}
         self.wanted: dict[Site, list[str]] = {}
@@ -162,7 +102,9 @@ class _ForwardPass:
         for scope in scopes:
             for index, edit in enumerate(scope.edits):
                 self.edits.setdefault(sites[edit.hook_name], []).append((scope, index))
+        self.batch = batch
         self.positions = positions
+        self.out = out
 
     def visit(self, site: Site, x: Tensor) -> Tensor:
         """Edit, then capture ``x``; returns what flows on (``x`` itself where nothing is edited)."""
@@ -171,20 +113,41 @@ class _ForwardPass:
         if edits is None and names is None:
             return x
         value = x.flatten(2) if site.flatten else x
+        if site.flat:
+            value = value.view(self.batch, -1, value.shape[-1])
         for scope, index in edits or ():
-            assert self.positions is not None
-            value = scope.edits[index](value, self.positions)
+            value = self._edited(site, scope.edits[index], value)
             scope.fired.add(index)
         if edits and site.in_place:
-            value = x.copy_(value)
+            x.copy_(value.reshape(x.shape))
+            value = x.view(value.shape)
         if names is not None and names[0] not in self.captured:
-            self.captured.update(dict.fromkeys(names, value))
-            self.remaining -= 1
-            if self.remaining == 0:
-                raise _StopForwardError
-        if not edits:
-            return x
-        return value.view_as(x)
+            self._capture(names, value - _mean(value) if site.centred else value)
+        return value.reshape(x.shape) if edits else x
+
+    def _edited(self, site: Site, edit: Edit, value: Tensor) -> Tensor:
+        assert self.positions is not None
+        if not site.centred or isinstance(edit, StreamEdit):
+            return edit(value, self.positions)
+        mean = _mean(value)
+        centred = value - mean
+        edited = edit(centred, self.positions)
+        return value if edited is centred else edited + mean
+
+    def _capture(self, names: Sequence[str], value: Tensor) -> None:
+        for name in names:
+            buffer = self.out.get(name)
+            if buffer is not None:
+                check_buffer(name, buffer, tuple(value.shape))
+            self.captured[name] = value if buffer is None else buffer.copy_(value)
+        self.remaining -= 1
+        if self.remaining == 0:
+            raise _StopForwardError
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over the width, ``[batch, pos, 1]``, summed in float32 at least."""
+    return x.mean(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
 _current: ContextVar[_ForwardPass | None] = ContextVar("current_forward_pass", default=None)
@@ -211,32 +174,49 @@ class HookSites(Mapping[str, Site]):
         self,
         forward: Callable[[], Any],
         names: Sequence[str],
+        batch: int,
         scopes: Sequence[EditScope] = (),
         positions: Tensor | None = None,
+        out: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
-        """Run ``forward`` until everything in ``names`` has been seen, with the edits of ``scopes``.
+        """Run ``forward`` on ``batch`` rows until everything in ``names`` has been seen, with the edits of ``scopes``.
+
+        What is seen at a name in ``out`` is written into the tensor given there.
 
         Raises:
-            InputError: a hook did not fire.
+            InputError: a hook did not fire, or a tensor of ``out`` has another shape than what flows there.
         """
-        forward_pass = _ForwardPass(self, names, scopes, positions)
+        captured = self.capture_fired(forward, names, batch, scopes, positions, out)
+        for name in names:
+            if name not in captured:
+                raise InputError(f"{name} did not fire: this model does not compute it in a forward pass.")
+        return captured
+
+    def capture_fired(
+        self,
+        forward: Callable[[], Any],
+        names: Sequence[str],
+        batch: int,
+        scopes: Sequence[EditScope] = (),
+        positions: Tensor | None = None,
+        out: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:
+        """As :meth:`capture`, leaving out the hooks that did not fire."""
+        forward_pass = _ForwardPass(self, names, batch, scopes, positions, out)
         if forward_pass.wanted:
-            try:
+            with suppress(_StopForwardError):
                 self._run(forward, forward_pass, scopes)
-            except _StopForwardError:
-                pass
-            else:
-                silent = [name for name in names if name not in forward_pass.captured]
-                raise InputError(
-                    f"{silent[0]} did not fire: this model does not compute it in a forward pass."
-                )
         return forward_pass.captured
 
     def run(
-        self, forward: Callable[[], R], scopes: Sequence[EditScope] = (), positions: Tensor | None = None
+        self,
+        forward: Callable[[], R],
+        batch: int,
+        scopes: Sequence[EditScope] = (),
+        positions: Tensor | None = None,
     ) -> R:
-        """Run ``forward`` to its end with the edits of ``scopes`` and return its result."""
-        return self._run(forward, _ForwardPass(self, (), scopes, positions), scopes)
+        """Run ``forward`` on ``batch`` rows to its end with the edits of ``scopes`` and return its result."""
+        return self._run(forward, _ForwardPass(self, (), batch, scopes, positions, {}), scopes)
 
     def _run(self, forward: Callable[[], R], forward_pass: _ForwardPass, scopes: Sequence[EditScope]) -> R:
         for site in (*forward_pass.wanted, *forward_pass.edits):

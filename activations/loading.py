@@ -15,6 +15,7 @@ import torch
 
 from activations.errors import InputError
 from activations.files import read_json
+from activations.tokenizer import Tokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -25,13 +26,15 @@ T = TypeVar("T")
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """The device of that name; None means the CUDA device if there is one, else the CPU.
+    """The device of that name; None means the CUDA device if there is one, else the MPS device, else the CPU.
 
     Raises:
         InputError: this machine has no such device.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -39,6 +42,22 @@ def resolve_device(device: str | None) -> torch.device:
         raise InputError(
             f"The device {device!r} is not available on this machine; 'cpu' always is."
         ) from None
+    return chosen
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of that name for the weights on ``device``; None in the result means the checkpoint's own.
+
+    Without a wish, that is so except on the CPU, where half precision is slow: there it is float32.
+
+    Raises:
+        InputError: it is not one of float32, bfloat16 and float16.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or 'float16'.")
     return chosen
 
 
@@ -131,7 +150,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T | None:
 
 
 def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """Read model and tokenizer from a Hugging Face folder.
+    """Read model and tokenizer from a Hugging Face folder: a causal language model, or a masked one such as BERT.
 
     Args:
         folder: holds ``config.json``, ``*.safetensors`` and a tokenizer.
@@ -139,12 +158,12 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         dtype: of the weights; None keeps the checkpoint's.
 
     Returns:
-        the Hugging Face model (evaluation mode, SDPA attention) and tokenizer.
+        the Hugging Face model (evaluation mode; SDPA attention wherever transformers has it) and tokenizer.
 
     Raises:
         InputError: a file is missing or cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     _check_files(folder)
     try:
@@ -152,15 +171,21 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files fail in many ways, each with its own exception
         raise InputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}.") from None
+    if not tokenizer.get_vocab():
+        raise InputError(
+            f"{folder} holds no tokenizer: save tokenizer.json and tokenizer_config.json beside the weights."
+        )
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            auto_class: Any = AutoModelForMaskedLM if _is_masked_config(config) else AutoModelForCausalLM
+            loaded: Any = auto_class.from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype or "auto",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                attn_implementation="sdpa",
                 output_loading_info=True,
             )
     except Exception as error:  # so do configurations and weights
@@ -172,7 +197,65 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
             f"The weights in {folder} do not belong to its config.json: {missing[0]} is missing"
             f" ({len(missing)} in all)."
         )
-    return model.to(device).eval(), tokenizer
+    if getattr(model, "hf_quantizer", None) is None:  # a quantised model is where it was read to
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def _is_masked_config(config: Any) -> bool:
+    """Whether a configuration belongs to a model that reads both ways and is trained to fill in masked tokens."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForMaskedLM")
+    return masked and not getattr(config, "is_decoder", False)
+
+
+def is_masked_lm(hf_model: Any) -> bool:
+    """Whether a Hugging Face model reads both ways (BERT) rather than from left to right."""
+    return type(hf_model).__name__.endswith("ForMaskedLM")
+
+
+def embedding_rows(hf_model: Any) -> int:
+    """How many token ids a Hugging Face model can be given."""
+    embedding = hf_model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
+def wrap_tokenizer(hf_tokenizer: Any, hf_model: Any, *, adds_bos: bool | None = None) -> Tokenizer:
+    """The tokenizer of a model, which must fit it.
+
+    Args:
+        hf_tokenizer: as ``AutoTokenizer`` gives it.
+        hf_model: the Hugging Face model.
+        adds_bos: see :class:`Tokenizer`.
+
+    Raises:
+        InputError: it has tokens for which the model has no embedding. (Added special tokens are not counted: some
+            models come with one for pictures that their text part does not know.)
+    """
+    rows = embedding_rows(hf_model)
+    vocabulary = hf_tokenizer.get_vocab()
+    last = max((i for i in vocabulary.values() if i not in hf_tokenizer.added_tokens_decoder), default=-1)
+    if last >= rows:
+        raise InputError(
+            f"The tokenizer does not fit the model: its token ids go up to {last}, and the model's embedding has"
+            f" {rows} rows."
+        )
+    eos_ids = _eos_ids(hf_model)
+    if not eos_ids and hf_tokenizer.eos_token_id is None and hf_tokenizer.sep_token_id is not None:
+        eos_ids = [hf_tokenizer.sep_token_id]  # a BERT's texts end with its separator
+    vocab_size = hf_model.config.get_text_config().vocab_size
+    return Tokenizer(hf_tokenizer, eos_ids, vocab_size=vocab_size, adds_bos=adds_bos)
+
+
+def _eos_ids(hf_model: Any) -> list[int]:
+    """The tokens that end a text: the generation config may name several (chat models do)."""
+    eos = getattr(getattr(hf_model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(hf_model.config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)
 
 
 def _check_files(folder: Path) -> None:

@@ -27,7 +27,7 @@ HOOKS = [
     "blocks.1.hook_attn_out",
     "blocks.1.attn.hook_z",
     "blocks.1.hook_resid_mid",
-    "blocks.2.mlp.hook_post",
+    "blocks.1.mlp.hook_post",
     "blocks.2.hook_resid_post",
 ]
 
@@ -43,8 +43,8 @@ def whole_pass(model: LanguageModel, hook_name: str, value: Tensor, mask: Tensor
         return model.logits(IDS, attention_mask=mask)
 
 
-PARALLEL = "gpt_neox"  # attention and MLP read the block's input in parallel: there is no hook_resid_mid
-CASES = [(a, h) for a in ARCHITECTURES for h in HOOKS if a != PARALLEL or "resid_mid" not in h]
+ABSENT = {"gpt_neox": "hook_resid_mid", "mixtral": "mlp.hook_post"}
+CASES = [(a, hook) for a in ARCHITECTURES for hook in HOOKS if hook[9:] != ABSENT.get(a)]
 
 
 @pytest.mark.parametrize(("architecture", "hook_name"), CASES)
