@@ -1,0 +1,230 @@
+"""Shuffled batches of a store's activations for training, in an order that is the same however they are read.
+
+Rows that do not count are skipped, and batches run on across the end of an epoch. Two threads read ahead, a few
+windows of positions far, while the caller trains. Since the row at any position is known at once, a stream continues
+from one number, its position, without reading anything twice.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations.capture import in_order, single_threaded
+from activations.errors import InputError
+from activations.ordered import CHUNK, ExactReader, RowReader, RowSource
+from activations.progress import Progress, silent
+from activations.shuffled import MEMORY_BYTES, ShuffledReader
+
+_WINDOW_BYTES = 1 << 24
+_READERS = 2
+
+
+class _Window(NamedTuple):
+    """Rows at neighbouring positions.
+
+    records: uint8 [n, row_bytes], in any order.
+    places: int64 [m], where in ``records`` each row that counts lies, in the order of the epoch.
+    ends: int64 [m], the position behind each, counted over all epochs.
+    """
+
+    records: Tensor
+    places: Tensor
+    ends: np.ndarray
+
+
+class StoreStream(Iterator[Tensor]):
+    """Gives ``n_batches`` batches [batch_size, width], float32, of the rows that count, epoch after epoch.
+
+    Same rows, seed and batch size: same batches, to the bit, whichever way they are read; :meth:`state_dict`
+    between two batches, loaded into a stream made in the same way or of the other order, continues with the
+    same batches.
+
+    Make one with :meth:`exact` or :meth:`external`.
+
+    Attributes:
+        width: size of one activation vector.
+        batch_size: activations per batch.
+        n_batches: batches in all.
+        n_tokens: activations in all.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        kept: np.ndarray,
+        *,
+        batch_size: int,
+        n_batches: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.width = reader.source.width
+        self.batch_size, self.n_batches = batch_size, n_batches
+        self.n_tokens = n_batches * batch_size
+        self._reader, self._kept, self._device = reader, kept, torch.device(device)
+        self._n_rows = reader.source.n_rows
+        self._batches_done = 0
+        self._position = 0
+        self._close()
+
+    @classmethod
+    def exact(
+        cls,
+        source: RowSource,
+        *,
+        batch_size: int,
+        n_batches: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "StoreStream":
+        """Read every row where it lies in the store: for stores that fit into the page cache.
+
+        Raises:
+            InputError: no row counts.
+        """
+        kept = _kept(source)
+        return cls(ExactReader(source, seed), kept, batch_size=batch_size, n_batches=n_batches, device=device)
+
+    @classmethod
+    def external(
+        cls,
+        source: RowSource,
+        folder: Path | str,
+        *,
+        batch_size: int,
+        n_batches: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        memory_bytes: int = MEMORY_BYTES,
+        progress: Progress = silent,
+    ) -> "StoreStream":
+        """Write a shuffled copy to ``folder`` first, unless it is there, and read that in long pieces.
+
+        Args:
+            memory_bytes: what shuffling may hold in memory.
+
+        Raises:
+            InputError: no row counts, or as for :meth:`activations.shuffled.ShuffledReader.make`.
+        """
+        kept = _kept(source)
+        reader = ShuffledReader.make(source, seed, folder, memory_bytes=memory_bytes, progress=progress)
+        return cls(reader, kept, batch_size=batch_size, n_batches=n_batches, device=device)
+
+    def __len__(self) -> int:
+        """Number of batches that are left."""
+        return self.n_batches - self._batches_done
+
+    def __iter__(self) -> "StoreStream":
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._batches_done == self.n_batches:
+            self._close()
+            raise StopIteration
+        # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
+        with single_threaded():
+            pieces = list(self._take(self.batch_size))
+            records = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            batch = self._reader.format.decode(records.to(self._device))
+        self._batches_done += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place from which a stream made in the same way continues; JSON-able."""
+        epoch, position = divmod(self._position, self._n_rows)
+        return {
+            "epoch": epoch,
+            "position": position,
+            "batches_done": self._batches_done,
+            "made": self._made,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            InputError: the state is of a stream with another size, seed or source.
+        """
+        if state["made"] != self._made:
+            changed = [name for name, value in self._made.items() if state["made"].get(name) != value]
+            raise InputError(
+                f"The checkpoint's activation stream has another {' and '.join(changed)}: continue with the"
+                " settings the run was started with, or start a new run."
+            )
+        self._close()
+        self._batches_done = state["batches_done"]
+        self._position = state["epoch"] * self._n_rows + state["position"]
+
+    @property
+    def _made(self) -> dict[str, int | str]:
+        return {
+            "seed": self._reader.order.seed,
+            "batch size": self.batch_size,
+            "number of batches": self.n_batches,
+            "store": self._reader.source.identity,
+            "hook": self._reader.source.hook_name,
+        }
+
+    def _close(self) -> None:
+        self._windows: Iterator[_Window] | None = None
+        self._window: _Window | None = None
+        self._offset = 0
+        self._free: list[Tensor] = []
+
+    def _take(self, n: int) -> Iterator[Tensor]:
+        """The next ``n`` rows that count, as bytes, in pieces."""
+        if self._windows is None:
+            self._windows = _read_ahead(self._reader, self._kept, self._position, self._free)
+        while n > 0:
+            if self._window is None or self._offset == len(self._window.places):
+                if self._window is not None:
+                    self._free.append(self._window.records)
+                self._window, self._offset = next(self._windows), 0
+                continue
+            places = self._window.places[self._offset : self._offset + n]
+            self._offset += len(places)
+            self._position = int(self._window.ends[self._offset - 1])
+            n -= len(places)
+            yield self._window.records.index_select(0, places)
+
+
+def _read_ahead(reader: RowReader, kept: np.ndarray, position: int, free: list[Tensor]) -> Iterator[_Window]:
+    """Windows from ``position`` on, without end. Closing the iterator ends its threads.
+
+    The caller puts the records that it is done with into ``free``: fresh memory costs more than filling it.
+    """
+    n_rows = reader.source.n_rows
+    size = max(1, _WINDOW_BYTES // (CHUNK * reader.format.row_bytes)) * CHUNK
+
+    def ranges() -> Iterator[tuple[int, int, int]]:
+        epoch, start = divmod(position, n_rows)
+        while True:
+            while start < n_rows:
+                stop = min(start // size * size + size, n_rows)
+                yield epoch, start, stop
+                start = stop
+            epoch, start = epoch + 1, 0
+
+    def read(part: tuple[int, int, int]) -> _Window:
+        epoch, start, stop = part
+        positions = reader.order.in_first_epoch(epoch, start, stop)
+        rows = reader.order.rows(positions)
+        counted = np.flatnonzero(kept[rows >> 3] >> (rows & 7) & 1)
+        try:
+            records = free.pop()
+        except IndexError:
+            records = torch.empty(size, reader.format.row_bytes, dtype=torch.uint8)
+        places = reader.read(positions[counted], rows[counted], records)
+        return _Window(records, torch.from_numpy(places), epoch * n_rows + start + counted + 1)
+
+    return in_order(torch.device("cpu"), read, ranges(), n_workers=_READERS)
+
+
+def _kept(source: RowSource) -> np.ndarray:
+    kept = source.kept()
+    if not kept.any():
+        raise InputError("No position of the store counts: every token is special or an outlier.")
+    return kept

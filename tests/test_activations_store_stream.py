@@ -1,0 +1,365 @@
+"""Reading rows in the order of training: where they lie, and from a shuffled copy."""
+
+import gc
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from activations import shuffled, store_stream
+from activations.errors import InputError
+from activations.ordered import CHUNK, RowOrder
+from activations.permutation import Permutation
+from activations.shuffled import ROWS_FILE, ShuffledReader, external_bytes
+from activations.store_stream import StoreStream
+
+SIZES = (700, 1, 0, 999, 512, 300)  # 2,512 rows: nine chunks and a short one
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+@dataclass
+class Rows:
+    """A source in memory whose rows are random, and partly do not count."""
+
+    sizes: tuple[int, ...] = SIZES
+    width: int = 5
+    dtype: torch.dtype = torch.bfloat16
+    kept_share: float = 0.7
+    hook_name: str = "blocks.1.hook_resid_post"
+    identity: str = "some rows"
+    seed: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.cumsum([0, *self.sizes])
+
+    @cached_property
+    def _all(self) -> tuple[Tensor, Tensor | None, np.ndarray]:
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.n_rows, self.width, generator=generator)
+        counts = torch.rand(self.n_rows, generator=generator).numpy() < self.kept_share
+        if self.dtype == torch.int8:
+            return (
+                (40 * x).clamp(-127, 127).to(torch.int8),
+                torch.rand(self.n_rows, generator=generator),
+                counts,
+            )
+        return x.to(self.dtype), None, counts
+
+    def values(self, shard: int) -> Tensor:
+        return self._all[0][self.starts[shard] : self.starts[shard + 1]]
+
+    def scales(self, shard: int) -> Tensor | None:
+        scales = self._all[1]
+        return None if scales is None else scales[self.starts[shard] : self.starts[shard + 1]]
+
+    def kept(self) -> np.ndarray:
+        return np.packbits(self._all[2], bitorder="little")
+
+    def activations(self) -> Tensor:
+        """All rows, float32."""
+        values, scales, _ = self._all
+        return values.float() if scales is None else values.float() * scales[:, None]
+
+    def counts(self, row: int) -> bool:
+        return bool(self._all[2][row])
+
+
+def by_definition(source: Rows, seed: int, epochs: int) -> Iterator[int]:
+    """The rows that count in the order that the module describes, one position at a time."""
+    order = Permutation(source.n_rows, f"rows {seed}")
+    whole = source.n_rows // CHUNK
+    for epoch in range(epochs):
+        chunks = list(range(whole))
+        if epoch:
+            chunks = Permutation(whole, f"chunks {seed} {epoch}").forward(np.arange(whole)).tolist()
+        chunks.append(whole)
+        for chunk in chunks:
+            for position in range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.n_rows)):
+                row = int(order.forward(np.array([position]))[0])
+                if source.counts(row):
+                    yield row
+
+
+def make(kind: str, source: Rows, folder: Path, **settings: Any) -> StoreStream:
+    settings = {"batch_size": 100, "n_batches": 50, **settings}
+    if kind == "exact":
+        return StoreStream.exact(source, **settings)
+    return StoreStream.external(source, folder / "shuffled", memory_bytes=100_000, **settings)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_stream, "_WINDOW_BYTES", 2 * CHUNK * 10)  # two chunks of five bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["exact", "external"])
+def test_batches_follow_the_definition_over_several_epochs(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    source = Rows(dtype=dtype)
+    stream = make(kind, source, tmp_path, seed=3)
+    assert (stream.n_tokens, stream.n_batches, stream.batch_size, stream.width) == (5000, 50, 100, 5)
+    batches = list(stream)
+    assert {(batch.dtype, batch.shape) for batch in batches} == {(torch.float32, (100, 5))}
+    expected = source.activations()[list(islice(by_definition(source, 3, epochs=3), 5000))]
+    assert torch.equal(torch.cat(batches), expected)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 0),
+    width=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    kept_share=st.sampled_from([0.02, 0.5, 1.0]),
+    batch_size=st.integers(1, 400),
+    memory=st.integers(1, 200_000),
+)
+def test_both_orders_give_the_same_batches(
+    sizes: list[int], width: int, dtype: torch.dtype, kept_share: float, batch_size: int, memory: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    source = Rows(tuple(sizes), width, dtype, kept_share)
+    if not source.kept().any():
+        return
+    arguments = {"batch_size": batch_size, "n_batches": 7, "seed": 1}
+    folder = tmp_path_factory.mktemp("external") / "shuffled"
+    exact = list(StoreStream.exact(source, **arguments))
+    external = list(StoreStream.external(source, folder, memory_bytes=memory, **arguments))
+    assert torch.equal(torch.cat(exact), torch.cat(external))
+    rows = list(islice(by_definition(source, 1, epochs=10_000), 7 * batch_size)) if batch_size < 10 else []
+    assert torch.equal(torch.cat(exact)[: len(rows)], source.activations()[rows])
+
+
+def test_every_epoch_gives_every_row_that_counts_once_and_composes_batches_anew(tmp_path: Path) -> None:
+    source = Rows((CHUNK * 20,), width=1, dtype=torch.float32, kept_share=1.0)
+    epochs = torch.cat(list(make("exact", source, tmp_path, batch_size=512, n_batches=30))).view(3, -1)
+    rows = source.activations()[:, 0].sort().values
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, rows)
+    batches = [{tuple(sorted(batch.tolist())) for batch in epoch.view(10, 512)} for epoch in epochs]
+    assert not batches[0] & batches[1]
+    assert not batches[1] & batches[2]
+
+
+def test_orders_of_seeds_differ(tmp_path: Path) -> None:
+    first, other = (next(make("exact", Rows(), tmp_path, seed=seed)) for seed in (0, 1))
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("kind", ["exact", "external"])
+def test_a_stream_continues_from_every_batch_with_either_order(kind: str, tmp_path: Path) -> None:
+    source = Rows()
+    whole = list(make("exact", source, tmp_path))
+    stream = make(kind, source, tmp_path)
+    for done in range(51):
+        state = json.loads(json.dumps(stream.state_dict()))
+        assert state["batches_done"] == done
+        again = make("external" if done % 2 else "exact", source, tmp_path)
+        again.load_state_dict(state)
+        assert len(again) == 50 - done
+        for batch in whole[done : done + 3]:
+            assert torch.equal(next(again), batch)
+        next(stream, None)
+
+
+def test_a_stream_may_be_set_back(tmp_path: Path) -> None:
+    stream = make("exact", Rows(), tmp_path)
+    state = stream.state_dict()
+    first = list(stream)
+    stream.load_state_dict(state)
+    assert all(map(torch.equal, stream, first))
+
+
+def test_a_state_of_another_stream_is_refused(tmp_path: Path) -> None:
+    state = make("exact", Rows(), tmp_path).state_dict()
+    for change, named in [
+        (make("exact", Rows(), tmp_path, seed=1), "seed"),
+        (make("exact", Rows(), tmp_path, batch_size=99), "batch size"),
+        (make("exact", Rows(), tmp_path, n_batches=2), "number of batches"),
+        (make("exact", Rows(identity="other"), tmp_path), "store"),
+        (make("exact", Rows(hook_name="h"), tmp_path), "hook"),
+    ]:
+        with pytest.raises(InputError) as refused:
+            change.load_state_dict(state)
+        assert f"has another {named}: continue with the settings" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["exact", "external"])
+@pytest.mark.parametrize("sizes", [SIZES, (), (0,)])
+def test_rows_that_all_do_not_count_are_refused(kind: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No position of the store counts"):
+        make(kind, Rows(sizes, kept_share=0.0), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Threads
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("capture")]
+
+
+def test_the_threads_end_with_the_stream(tmp_path: Path) -> None:
+    stream = make("exact", Rows(), tmp_path)
+    next(stream)
+    assert reading_threads()
+    del stream
+    assert not reading_threads()
+    stream = make("exact", Rows(), tmp_path)
+    list(stream)
+    assert not reading_threads()
+
+
+def test_what_goes_wrong_while_reading_ahead_reaches_the_caller(tmp_path: Path) -> None:
+    class Broken(Rows):
+        def values(self, shard: int) -> Tensor:
+            if shard == 3:
+                raise InputError("shard-00003 cannot be read.")
+            return super().values(shard)
+
+    stream = make("exact", Broken(), tmp_path)
+    with pytest.raises(InputError, match="shard-00003 cannot be read"):
+        list(stream)
+
+
+def test_reading_ahead_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Rows((100 * CHUNK,), kept_share=1.0)
+    stream = make("exact", source, tmp_path, batch_size=10, n_batches=100)
+    asked = []
+    rows = RowOrder.rows
+
+    def counted(self: RowOrder, positions: np.ndarray) -> np.ndarray:
+        asked.append(len(positions))
+        return rows(self, positions)
+
+    monkeypatch.setattr(RowOrder, "rows", counted)
+    next(stream)
+    stream._windows.close()  # waits for the threads
+    assert sum(asked) <= 6 * 2 * CHUNK
+
+
+# The shuffled copy
+
+
+def test_a_finished_copy_is_used_again_and_another_one_replaced(tmp_path: Path) -> None:
+    source = Rows()
+    first = next(make("external", source, tmp_path))
+    made = (tmp_path / "shuffled" / ROWS_FILE).stat()
+    assert torch.equal(next(make("external", source, tmp_path)), first)
+    assert (tmp_path / "shuffled" / ROWS_FILE).stat().st_ino == made.st_ino
+    for changed, seed in [(source, 1), (replace(source, identity="other", seed=5), 0), (Rows(width=6), 0)]:
+        again = next(make("external", changed, tmp_path, seed=seed))
+        assert torch.equal(again, next(make("exact", changed, tmp_path, seed=seed)))
+    assert [path.name for path in tmp_path.iterdir()] == ["shuffled"]
+
+
+def test_an_interrupted_shuffle_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Rows()
+    monkeypatch.setattr(shuffled, "_checksums", lambda records: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make("external", source, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".shuffled.killed").mkdir()  # as a killed process leaves it
+    (tmp_path / ".shuffled.killed" / "bucket-00000").write_bytes(b"some rows")
+    monkeypatch.undo()
+    assert torch.equal(next(make("external", source, tmp_path)), next(make("exact", source, tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["shuffled"]
+
+
+def test_disk_use_is_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Rows(SIZES * 8, width=20)
+    used = []
+    checksums = shuffled._checksums
+
+    def watched(records: np.ndarray) -> np.ndarray:  # a bucket is in the copy, and not yet deleted
+        used.append(sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+        return checksums(records)
+
+    monkeypatch.setattr(shuffled, "_checksums", watched)
+    reader = ShuffledReader.make(source, 0, tmp_path / "shuffled", memory_bytes=300_000)
+    n_bytes = source.n_rows * 40
+    bucket = 300_000 / (2 * 40 + 64) * 40
+    predicted = external_bytes(source, memory_bytes=300_000)
+    assert predicted <= n_bytes + bucket + 8 * (source.n_rows / CHUNK + 1)
+    assert n_bytes < max(used) <= predicted
+    assert external_bytes(source) == 2 * n_bytes + 8 * -(
+        -source.n_rows // CHUNK
+    )  # one bucket holds everything
+    assert (reader._folder / ROWS_FILE).stat().st_size == n_bytes
+
+
+def test_too_little_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shuffled.shutil.disk_usage(tmp_path)._replace(free=30_000)
+    monkeypatch.setattr(shuffled.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError) as refused:
+        make("external", Rows(), tmp_path)
+    assert str(refused.value).startswith("The disk has too little room to shuffle the activations into")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "shuffled").mkdir()
+    (tmp_path / "shuffled" / "thesis.txt").write_text("the only copy")
+    with pytest.raises(InputError, match=r"is not a finished shuffled copy"):
+        make("external", Rows(), tmp_path)
+    assert (tmp_path / "shuffled" / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "checksums.bin"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_truncated_copy_is_refused(name: str, damage: str, tmp_path: Path) -> None:
+    make("external", Rows(), tmp_path)
+    file = tmp_path / "shuffled" / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError) as refused:
+        make("external", Rows(), tmp_path)
+    assert f"{name} holds" in str(refused.value)
+    assert "delete" in str(refused.value)
+
+
+@pytest.mark.parametrize("byte", [0, 12_345, -1])
+def test_a_flipped_bit_is_found_when_it_is_read(byte: int, tmp_path: Path) -> None:
+    source = Rows(dtype=torch.int8)
+    make("external", source, tmp_path)
+    file = tmp_path / "shuffled" / ROWS_FILE
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 64
+    file.write_bytes(data)
+    with pytest.raises(InputError) as refused:
+        list(make("external", source, tmp_path))
+    position = byte % len(data) // 9
+    chunk = position // CHUNK * CHUNK
+    last = min(chunk + CHUNK, source.n_rows) - 1
+    assert f"is damaged at rows {chunk} to {last}: delete" in str(refused.value)
+
+
+def test_closing_a_reader_closes_its_file(tmp_path: Path) -> None:
+    source = Rows()
+    n_files = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    for _ in range(5):
+        next(make("external", source, tmp_path))
+    gc.collect()
+    if n_files:
+        assert len(list(Path("/proc/self/fd").iterdir())) <= n_files
