@@ -77,7 +77,9 @@ class RowFormat:
         """Activations float32 [m, width] of ``records`` uint8 [m, row_bytes]."""
         values = records[:, : self.value_bytes].view(self.dtype).float()
         if self.dtype == torch.int8:
-            values *= records[:, self.value_bytes :].contiguous().view(torch.float32)
+            # A copy: behind an odd number of bytes four of them cannot be read as a number where they lie.
+            scales = records[:, self.value_bytes :].clone(memory_format=torch.contiguous_format)
+            values *= scales.view(torch.float32)
         return values
 
 

@@ -11,9 +11,8 @@ permutation. A folder holds::
     manifest.json    what was shuffled, and how
 """
 
-import os
 import shutil
-import weakref
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +55,6 @@ class ShuffledReader:
         self._check_size(self._path, source.n_rows * self.format.row_bytes)
         self._check_size(folder / CHECKSUMS_FILE, 8 * -(-source.n_rows // CHUNK))
         self._checksums = np.memmap(folder / CHECKSUMS_FILE, "<u8", mode="r")
-        self._file = os.open(self._path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
 
     @classmethod
     def make(
@@ -101,14 +98,16 @@ class ShuffledReader:
         """
         chunks, place = np.divmod(positions, CHUNK)
         is_new = np.diff(chunks, prepend=-1) != 0
-        for i, chunk in enumerate(chunks[is_new]):
-            self._read_chunk(int(chunk), out.numpy()[i * CHUNK : (i + 1) * CHUNK])
+        with self._path.open("rb", buffering=0) as file:
+            for i, chunk in enumerate(chunks[is_new]):
+                self._read_chunk(file, int(chunk), out.numpy()[i * CHUNK : (i + 1) * CHUNK])
         return (np.cumsum(is_new) - 1) * CHUNK + place
 
-    def _read_chunk(self, chunk: int, out: np.ndarray) -> None:
+    def _read_chunk(self, file: FileIO, chunk: int, out: np.ndarray) -> None:
         first = chunk * CHUNK
         out = out[: self.source.n_rows - first]
-        n_read = os.preadv(self._file, [out.reshape(-1).data], first * self.format.row_bytes)
+        file.seek(first * self.format.row_bytes)
+        n_read = file.readinto(out.reshape(-1).data)
         if n_read != out.nbytes or _checksum(out) != self._checksums[chunk]:
             raise InputError(
                 f"{self._path} is damaged at rows {first} to {first + len(out) - 1}: {self._remedy}"
