@@ -6,21 +6,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from activations.blocks import TokenBlocks
+from activations.blocks import PADDING, TokenBlocks
 from activations.exclusion import Exclusion
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
 
-BLOCKS_PER_BATCH_CPU = 4
-BLOCKS_PER_BATCH_GPU = 64
+TOKENS_PER_BATCH_CPU = 1024
+TOKENS_PER_BATCH_GPU = 16_384
 
 BlockRange = tuple[int, int]
 
@@ -28,9 +29,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def blocks_per_batch(model: "LanguageModel") -> int:
+def blocks_per_batch(model: "LanguageModel", context_length: int) -> int:
     """How many blocks go through the model at once: few stay in a CPU's cache, many fill a GPU."""
-    return BLOCKS_PER_BATCH_CPU if model.device.type == "cpu" else BLOCKS_PER_BATCH_GPU
+    tokens = TOKENS_PER_BATCH_CPU if model.device.type == "cpu" else TOKENS_PER_BATCH_GPU
+    return max(1, tokens // context_length)
 
 
 def block_ranges(n_blocks: int, batch_blocks: int, start: int = 0) -> list[BlockRange]:
@@ -51,7 +53,9 @@ def capture_blocks(
     Yields:
         (first block of the batch, {hook_name: [batch, context, width]}).
     """
-    ranges = block_ranges(blocks.n_blocks, batch_blocks or blocks_per_batch(model), start)
+    ranges = block_ranges(
+        blocks.n_blocks, batch_blocks or blocks_per_batch(model, blocks.context_length), start
+    )
     return capture_ranges(model, blocks, hook_names, ranges)
 
 
@@ -87,6 +91,9 @@ def in_order(
     model among them, and the same numbers whatever their number. Each call sees the context variables of the
     caller.
     """
+    if device.type == "cuda":
+        yield from _on_second_stream(device, work, items)
+        return
     if device.type != "cpu":
         yield from map(work, items)
         return
@@ -111,14 +118,70 @@ def in_order(
                 future.cancel()
 
 
+def _on_second_stream(device: torch.device, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``work(item)`` in order, two items ahead, on a CUDA stream beside that of the caller."""
+    stream = torch.cuda.Stream(device)
+    context = contextvars.copy_context()
+
+    def run(item: T) -> tuple[R, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            result = work(item)
+            return result, stream.record_event()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="capture") as pool:
+        pending: deque[Future[tuple[R, torch.cuda.Event]]] = deque()
+        remaining = iter(items)
+
+        def submit(count: int) -> None:
+            for item in islice(remaining, count):
+                pending.append(pool.submit(context.run, run, item))
+
+        try:
+            submit(2)
+            while pending:
+                result, done = pending.popleft().result()
+                submit(1)
+                here = torch.cuda.current_stream(device)
+                here.wait_event(done)
+                for tensor in _tensors(result):
+                    if tensor.is_cuda:
+                        tensor.record_stream(here)  # its memory is not reused before the caller is done
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
+
+
+def counted_positions(blocks: TokenBlocks, start: int, stop: int) -> Tensor:
+    """Which positions of blocks ``start`` to ``stop`` hold text to count: bool [stop - start, context].
+
+    False at padding, and in a chat at the messages of roles that were not asked for.
+    """
+    real = blocks.documents[start:stop] != PADDING
+    return torch.from_numpy(real if blocks.counted is None else real & blocks.counted[start:stop])
+
+
 def kept_positions(blocks: TokenBlocks, start: int, stop: int, x: Tensor, exclusion: Exclusion) -> Tensor:
-    """Which positions of blocks ``start`` to ``stop`` count: bool [stop - start, context], False at padding.
+    """Which positions of blocks ``start`` to ``stop`` count: bool [stop - start, context].
 
     x: their activations [stop - start, context, width].
     """
     kept = exclusion.kept(blocks.ids_tensor(start, stop), x)
-    mask = blocks.attention_mask(start, stop)
-    return kept if mask is None else kept & mask.bool().to(kept.device)
+    return kept & counted_positions(blocks, start, stop).to(kept.device)
 
 
 def single_threaded_workers(n_workers: int) -> ThreadPoolExecutor:

@@ -6,16 +6,12 @@ so special tokens and outliers are left out of training, statistics and reconstr
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from activations.errors import InputError
-
-SAMPLE_TOKENS = 100_000
-OUTLIER_FACTOR = 10.0
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -32,29 +28,6 @@ class Exclusion:
     def kept(self, ids: Tensor, x: Tensor) -> Tensor:
         """Which positions count: bool [...], for token ids [...] and activations [..., d]."""
         return is_text(ids.to(x.device), self.special_ids) & (norms(x) <= self.max_norm)
-
-    @classmethod
-    def measure(cls, special_ids: Iterable[int], batches: Iterable[tuple[Tensor, Tensor]]) -> "Exclusion":
-        """Leave out special tokens, and norms above 10 times the median of the first 100,000 other tokens.
-
-        Args:
-            special_ids: ids of special tokens.
-            batches: (ids [...], activations [..., d]); no more are taken than are needed.
-
-        Raises:
-            InputError: there is no token that is not special.
-        """
-        special = frozenset(special_ids)
-        found: list[Tensor] = []
-        missing = SAMPLE_TOKENS
-        for ids, x in batches:
-            found.append(norms(x)[is_text(ids.to(x.device), special)][:missing].cpu())
-            missing -= len(found[-1])
-            if missing <= 0:
-                break
-        if not any(len(batch) for batch in found):
-            raise InputError("The corpus holds special tokens only: give one that holds text.")
-        return cls(special, OUTLIER_FACTOR * float(torch.cat(found).median()))
 
 
 def norms(x: Tensor) -> Tensor:
@@ -80,11 +53,11 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Count the rows of ``x`` [n, d]."""
-        # MPS has no float64, so the sums are made on the CPU.
-        rows = x.detach().cpu().double()
-        self.n_rows += len(rows)
-        self._sum += rows.sum(0)
-        self._squares += float(rows.square().sum())
+        for part in x.detach().split(_ROWS_AT_ONCE):
+            rows = part.cpu().double()  # MPS has no float64, so the sums are made on the CPU
+            self.n_rows += len(rows)
+            self._sum += rows.sum(0)
+            self._squares += float(rows.square().sum())
 
     @property
     def mean(self) -> Tensor:

@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from activations.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+Buffer = bytes | bytearray | memoryview
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -27,18 +29,28 @@ MANIFEST = "manifest.json"
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically: temporary file, fsync, rename."""
+    write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Iterable[Buffer]) -> None:
+    """Write ``parts`` one after the other to ``path`` atomically, without joining them in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            for part in parts:
+                _write_all(file, memoryview(part).cast("B"))
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    while len(data):
+        data = data[file.write(data) :]  # the system may take a part only
 
 
 def _umask() -> int:
@@ -151,6 +163,26 @@ def is_finished(folder: Path, kind: str, inputs: Mapping[str, Any]) -> bool:
     except InputError:
         return False
     return manifest.get("inputs") == json.loads(json.dumps(dict(inputs)))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and wait until it is on disk; a crash may cut the last line short."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def room_for(folder: Path, freed: Iterable[Path] = ()) -> int:
+    """Bytes free on the disk of ``folder`` (which need not exist), those of the files ``freed`` among them."""
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(disk).free + sum(path.stat().st_size for path in freed)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_json(value: Any) -> str:

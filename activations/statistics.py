@@ -1,21 +1,27 @@
 """Where the activations of a hook lie: their mean and scale, and which positions count.
 
-A store measures all of this while it is written (:mod:`activations.store`). A live stream has nothing on disk, so
-it is measured on the first tokens before training begins.
+All of it is measured on the first 100,000 tokens and then stands: more text, more processes or a store in the
+place of a live stream change neither which positions count nor what an SAE starts from.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import capture_blocks, kept_positions
-from activations.exclusion import SAMPLE_TOKENS, Exclusion, Moments
+from activations.capture import capture_blocks, counted_positions
+from activations.config import ExclusionRule
+from activations.errors import InputError
+from activations.exclusion import Exclusion, Moments, is_text, norms
 from activations.progress import Progress, silent
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
+
+SAMPLE_TOKENS = 100_000
 
 
 @dataclass(frozen=True)
@@ -27,24 +33,59 @@ class Statistics:
     exclusion: Exclusion
 
 
-def measure_statistics(
-    model: "LanguageModel", blocks: TokenBlocks, hook_name: str, *, progress: Progress = silent
+def statistics_of(
+    rows: Iterable[tuple[Tensor, Tensor]], special_ids: Iterable[int], rule: ExclusionRule
 ) -> Statistics:
-    """Measure on the first 100,000 tokens of ``blocks``, or all where there are fewer.
+    """Statistics of the first 100,000 tokens that are not special (or of all, where the rule keeps those).
+
+    Args:
+        rows: (ids [n], activations [n, width]) in the order of the text; no more are taken than are needed.
 
     Raises:
-        InputError: unknown hook, or no token that is not special.
+        InputError: no token is left.
     """
-    blocks = blocks.first_tokens(SAMPLE_TOKENS)
-    moments = Moments(model.width(hook_name))
-    captured: list[tuple[int, Tensor]] = []
-    with progress("measure", total=blocks.ids.size, unit="tokens") as step:
-        for start, activations in capture_blocks(model, blocks, [hook_name]):
-            x = activations[hook_name]
-            captured.append((start, x))
-            step(x.shape[0] * x.shape[1])
-    ids = ((blocks.ids_tensor(start, start + len(x)), x) for start, x in captured)
-    exclusion = Exclusion.measure(model.tokenizer.special_ids, ids)
-    for start, x in captured:
-        moments.add(x[kept_positions(blocks, start, start + len(x), x, exclusion)])
-    return Statistics(moments.mean, moments.scale, exclusion)
+    special = frozenset(special_ids) if rule.exclude_special else frozenset()
+    sample: list[Tensor] = []
+    missing = SAMPLE_TOKENS
+    for ids, x in rows:
+        kept = is_text(ids.to(x.device), special)
+        sample.append(x if kept.all() else x[kept])
+        sample[-1] = sample[-1][:missing]
+        missing -= len(sample[-1])
+        if missing <= 0:
+            break
+    if missing == SAMPLE_TOKENS:
+        raise InputError("The corpus holds special tokens only: give one that holds text.")
+    sizes: Sequence[Tensor] = [norms(x) for x in sample]
+    max_norm = float("inf")
+    if rule.outlier_factor is not None:
+        max_norm = rule.outlier_factor * float(torch.cat([size.cpu() for size in sizes]).median())
+    moments = Moments(sample[0].shape[-1])
+    for x, size in zip(sample, sizes, strict=True):
+        moments.add(x[size <= max_norm])
+    return Statistics(moments.mean, moments.scale, Exclusion(special, max_norm))
+
+
+def measure_statistics(
+    model: "LanguageModel",
+    blocks: TokenBlocks,
+    hook_name: str,
+    rule: ExclusionRule | None = None,
+    *,
+    progress: Progress = silent,
+) -> Statistics:
+    """Statistics at a hook of a model that reads ``blocks``; see :func:`statistics_of`.
+
+    Raises:
+        InputError: unknown hook, or no token that counts.
+    """
+    with progress("measure", total=min(SAMPLE_TOKENS, blocks.n_tokens), unit="tokens") as step:
+
+        def rows() -> Iterable[tuple[Tensor, Tensor]]:
+            for start, activations in capture_blocks(model, blocks, [hook_name]):
+                x = activations[hook_name]
+                counts = counted_positions(blocks, start, start + len(x)).to(x.device)
+                yield blocks.ids_tensor(start, start + len(x)).to(x.device)[counts], x[counts]
+                step(int(counts.sum()))
+
+        return statistics_of(rows(), model.tokenizer.special_ids, rule or ExclusionRule())

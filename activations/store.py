@@ -1,324 +1,380 @@
-"""Activations of one hook on disk, as bfloat16.
+"""Activations on disk: captured once, read by many trainings, evaluations and indexes.
 
 A store is a folder::
 
-    shard-00000.safetensors …   "activations": bfloat16 [blocks, context, width], about 32 MB each
-    tokens/                     the token blocks they were computed from
-    statistics.safetensors      "mean": float32 [width]
-    manifest.json               written last: hashes of the inputs, scale, exclusion
+    manifest.json                 what it was made from, how it is cut into shards; in the end statistics and counts
+    shards.jsonl                  one line for each shard: its blocks, rows, bytes and sha256
+    shard-00000.safetensors …     the rows (one row a token, padding left out), about 32 MB each:
+                                  "ids", "positions", "documents" int32 [rows], and for each hook
+                                  "activations/HOOK" [rows, width], "norm/HOOK" float32 [rows],
+                                  with int8 also "scale/HOOK" float32 [rows] (value = int8 · scale)
+    statistics.safetensors        "mean/HOOK": float32 [width]
+    tokens/train/                 the token blocks that the rows belong to, in the same order
+    tokens/test/, tokens/score/   those of the other splits, for evaluation and labels
+    shuffled/                     copies in training order, where a training asked for one
 
-Every file is written atomically, so an interrupted run continues at the first shard that is missing.
+Whatever is listed in ``shards.jsonl`` can be used, finished or not: an interrupted store is a shorter one.
+:mod:`activations.writer` writes stores, :mod:`activations.verify` looks for damage.
 """
 
-import hashlib
+import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from activations.blocks import TokenBlocks
-from activations.capture import (
-    BlockRange,
-    blocks_per_batch,
-    capture_blocks,
-    kept_positions,
-    single_threaded,
-)
+from activations.blocks import PADDING, TokenBlocks
+from activations.capture import BlockRange
+from activations.config import ExclusionRule
 from activations.errors import InputError
-from activations.exclusion import SAMPLE_TOKENS, Exclusion, Moments, is_text
-from activations.files import (
-    MANIFEST,
-    hash_json,
-    is_finished,
-    read_manifest,
-    room_needed,
-    write_bytes,
-    write_manifest,
-)
-from activations.progress import Progress, Step, silent
-
-if TYPE_CHECKING:
-    from activations.models import LanguageModel
+from activations.exclusion import Exclusion, is_text
+from activations.files import MANIFEST, hash_file, hash_json, read_manifest
+from activations.shards import map_shard
+from activations.statistics import Statistics, statistics_of
 
 KIND = "store of activations"
-TOKENS_FOLDER = "tokens"
+SHARDS_FILE = "shards.jsonl"
 STATISTICS_FILE = "statistics.safetensors"
+TOKENS = "tokens"
+SHUFFLED = "shuffled"
 SHARD_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
-class ActivationStore:
-    """A finished folder of activations at one hook.
+class Shard:
+    """One line of ``shards.jsonl``: blocks [start, stop), and what the file holds."""
 
-    hook_name: where in the model they are from.
-    width: size of one activation vector.
-    blocks: the tokens they belong to.
-    exclusion: which positions count.
-    mean, scale: float32 [width] and a factor such that E‖(x − mean)·scale‖² = width where positions count.
-    n_kept: number of positions that count.
-    inputs: hashes and settings of what the store was made from.
+    number: int
+    blocks: BlockRange
+    rows: int
+    bytes: int
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """Its name in the store's folder."""
+        return shard_name(self.number)
+
+    def line(self) -> str:
+        """As it stands in ``shards.jsonl``."""
+        return json.dumps(asdict(self)) + "\n"
+
+
+def shard_name(number: int) -> str:
+    """Name of the file of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_shards(path: Path) -> list[Shard]:
+    """The whole lines of a ``shards.jsonl``, by number; a last line that was cut short does not count."""
+    if not path.is_file():
+        return []
+    found = {}
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            fields = json.loads(line)
+            shard = Shard(**{**fields, "blocks": tuple(fields["blocks"])})
+        except (ValueError, TypeError, KeyError):
+            continue
+        if line.endswith(b"\n"):
+            found[shard.number] = shard
+    return [found[number] for number in sorted(found)]
+
+
+@dataclass(frozen=True)
+class ActivationStore:
+    """A folder of activations at one or more hooks; made by :func:`activations.writer.write_store`.
+
+    manifest: the content of ``manifest.json``.
+    blocks: the tokens of all rows that are there.
+    shards: without a gap, from the first.
     """
 
     folder: Path
-    hook_name: str
-    width: int
+    manifest: dict[str, Any]
     blocks: TokenBlocks
-    exclusion: Exclusion
-    mean: Tensor
-    scale: float
-    n_kept: int
-    shard_blocks: int
-    inputs: dict[str, Any]
-
-    @property
-    def n_blocks(self) -> int:
-        return self.blocks.n_blocks
+    shards: tuple[Shard, ...]
 
     @classmethod
     def open(cls, folder: Path | str) -> "ActivationStore":
-        """Open what :func:`write_store` wrote.
+        """Open a store, finished or not.
 
         Raises:
-            InputError: the folder holds no finished store, or one whose files are damaged.
+            InputError: the folder holds no store, one that is damaged, or one without a single shard.
         """
         folder = Path(folder)
         manifest = read_manifest(folder, KIND)
-        blocks = TokenBlocks.load(folder / TOKENS_FOLDER)
-        try:
-            mean = load_file(folder / STATISTICS_FILE)["mean"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise InputError(f"{folder / STATISTICS_FILE} cannot be read ({error}): capture again.") from None
-        inputs = manifest["inputs"]
-        return cls(
-            folder=folder,
-            hook_name=inputs["hook_name"],
-            width=len(mean),
-            blocks=blocks,
-            exclusion=Exclusion(frozenset(manifest["special_ids"]), manifest["max_norm"]),
-            mean=mean,
-            scale=manifest["scale"],
-            n_kept=manifest["n_kept"],
-            shard_blocks=manifest["shard_blocks"],
-            inputs=inputs,
-        )
+        if "complete" not in manifest:
+            raise InputError(f"{folder} was captured by an older saescope in another layout: capture it again.")
+        if manifest["complete"]:
+            if own_hash(manifest) != manifest.get("hash"):
+                raise InputError(f"{folder / MANIFEST} was changed since it was written: {_again(folder)}")
+            found = hash_file(folder / SHARDS_FILE) if (folder / SHARDS_FILE).is_file() else None
+            if found != manifest["shards_sha256"]:
+                raise InputError(
+                    f"{folder / SHARDS_FILE} was changed since it was written: {_repair(folder)}"
+                )
+        shards: list[Shard] = []
+        for shard in read_shards(folder / SHARDS_FILE):
+            path = folder / shard.file
+            if shard.number != len(shards):
+                break
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                if manifest["complete"]:
+                    what = "is missing" if not path.is_file() else "is truncated"
+                    raise InputError(f"{path} {what}: {_repair(folder)}")
+                break
+            shards.append(shard)
+        if not shards:
+            raise InputError(f"{folder} holds no activations yet: run the same sae capture again to go on.")
+        blocks = TokenBlocks.load(folder / TOKENS / "train")
+        if blocks.hash != manifest["inputs"]["tokens"]:
+            raise InputError(
+                f"{folder / TOKENS / 'train'} holds other tokens than the store: {_repair(folder)}"
+            )
+        stop = shards[-1].blocks[1]
+        blocks = blocks if stop == blocks.n_blocks else blocks.first(stop)
+        return cls(folder, manifest, blocks, tuple(shards))
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Activations of blocks ``start`` to ``stop`` as they are stored: bfloat16 [stop - start, context, width].
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hooks whose activations are there."""
+        return tuple(self.manifest["inputs"]["hook_names"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was asked for is there."""
+        return bool(self.manifest["complete"])
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows, one for each token."""
+        return sum(shard.rows for shard in self.shards)
+
+    def at(self, hook_name: str | None = None) -> "HookActivations":
+        """The activations of one hook; None stands for the only one there is.
 
         Raises:
-            InputError: a shard is missing or damaged.
+            InputError: the store has no such hook, or has several and none was named.
         """
-        parts = []
-        while start < stop:
-            number, first = divmod(start, self.shard_blocks)
-            last = min(stop - number * self.shard_blocks, self.shard_blocks)
-            path = self.folder / _shard_name(number)
-            try:
-                # Opened for this read only: pages of a mapping that stays open count as memory in use.
-                with safe_open(path, "pt") as shard:
-                    parts.append(shard.get_slice("activations")[first:last])
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path} cannot be read ({error}): capture again.") from None
-            start += last - first
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        known = ", ".join(self.hook_names)
+        if hook_name is None and len(self.hook_names) > 1:
+            raise InputError(f"{self.folder} holds several hooks: name one of {known}.")
+        chosen = hook_name or self.hook_names[0]
+        if chosen not in self.hook_names:
+            raise InputError(f"{self.folder} holds no activations of {chosen}: it has {known}.")
+        return HookActivations(self, chosen)
+
+    def map(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard, memory-mapped; see :func:`activations.shards.map_shard`."""
+        return map_shard(self.folder / self.shards[number].file)
 
     def delete(self) -> None:
         """Remove the store from disk."""
         shutil.rmtree(self.folder)
 
 
-def write_store(
-    model: "LanguageModel",
-    blocks: TokenBlocks,
-    hook_name: str,
-    folder: Path | str,
-    *,
-    progress: Progress = silent,
-) -> ActivationStore:
-    """Capture the activations of ``blocks`` at ``hook_name`` into ``folder``; if they are there, open them.
+@dataclass(frozen=True)
+class HookActivations:
+    """The activations of a store at one hook, by row and by block."""
 
-    An interrupted call continues where it stopped, to the same bits. A store made from other inputs is
-    replaced.
-
-    Raises:
-        InputError: unknown hook, a folder that holds something else, or a full disk.
-    """
-    folder = Path(folder)
-    width = model.width(hook_name)
-    batch_blocks = blocks_per_batch(model)
-    inputs = {
-        "model": model.hash,
-        "hook_name": hook_name,
-        "tokens": blocks.hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "batch_blocks": batch_blocks,
-    }
-    if is_finished(folder, KIND, inputs):
-        return ActivationStore.open(folder)
-    _check_replaceable(folder)
-    needed = 2 * width * blocks.ids.size
-    _check_space(folder, needed)
-    with room_needed(_no_space(folder, needed)):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        writer = _Writer(model, blocks, hook_name, folder, width, batch_blocks, hash_json(inputs))
-        with progress("capture", total=blocks.ids.size, unit="tokens") as step:
-            facts = writer.write(step)
-        write_manifest(folder, KIND, inputs, **facts)
-    return ActivationStore.open(folder)
-
-
-@dataclass
-class _Writer:
-    """Writes the shards of one store and measures what counts on the way."""
-
-    model: "LanguageModel"
-    blocks: TokenBlocks
+    store: ActivationStore
     hook_name: str
-    folder: Path
-    width: int
-    batch_blocks: int
-    inputs_hash: str
 
-    def __post_init__(self) -> None:
-        block_bytes = 2 * self.width * self.blocks.context_length
-        batches = max(1, SHARD_BYTES // (block_bytes * self.batch_blocks))
-        # Whole batches, so that a run that continues computes the very same batches.
-        self.shard_blocks = batches * self.batch_blocks
-        self.n_shards = -(-self.blocks.n_blocks // self.shard_blocks)
+    @property
+    def folder(self) -> Path:
+        """The store's folder."""
+        return self.store.folder
 
-    def write(self, step: Step) -> dict[str, Any]:
-        """Write what is missing; the facts for the manifest."""
-        tokens = {"hash": self.blocks.hash}
-        if not TokenBlocks.is_finished(self.folder / TOKENS_FOLDER, tokens):
-            self.blocks.save(self.folder / TOKENS_FOLDER, tokens)
-        for shard in self.folder.glob("shard-*"):
-            if shard.name >= _shard_name(self.n_shards):
-                shard.unlink()
-        exclusion: Exclusion | None = None
-        moments = Moments(self.width)
-        special_ids = self.model.tokenizer.special_ids
-        unmeasured: list[int] = []
-        n_text = 0
-        for number, x in self._shards(step):
-            if exclusion is not None:
-                self._measure(number, x, exclusion, moments)
-                continue
-            # The bound on norms is known after the first 100,000 tokens: their shards are read again.
-            unmeasured.append(number)
-            n_text += int(is_text(self._ids(number), special_ids).sum())
-            if n_text >= SAMPLE_TOKENS or number == self.n_shards - 1:
-                sample = ((self._ids(n), self._read(n)) for n in unmeasured)
-                exclusion = Exclusion.measure(special_ids, sample)
-                for n in unmeasured:
-                    self._measure(n, self._read(n), exclusion, moments)
-        assert exclusion is not None
-        write_bytes(self.folder / STATISTICS_FILE, save({"mean": moments.mean}))
-        return {
-            "shard_blocks": self.shard_blocks,
-            "n_tokens": self.blocks.n_tokens,
-            "n_kept": moments.n_rows,
-            "scale": moments.scale,
-            "max_norm": exclusion.max_norm,
-            "special_ids": sorted(exclusion.special_ids),
-        }
+    @property
+    def blocks(self) -> TokenBlocks:
+        """The tokens that the rows belong to."""
+        return self.store.blocks
 
-    def _shards(self, step: Step) -> Iterator[tuple[int, Tensor]]:
-        """(number, activations [blocks, context, width]) of every shard, all of them on disk by then."""
-        number = 0
-        while number < self.n_shards and self._is_valid(number):
-            step(self._ids(number).numel())
-            yield number, self._read(number)
-            number += 1
-        batches: list[Tensor] = []
-        captured = capture_blocks(
-            self.model,
-            self.blocks,
-            [self.hook_name],
-            batch_blocks=self.batch_blocks,
-            start=number * self.shard_blocks,
-        )
-        for start, activations in captured:
-            x = activations[self.hook_name]
-            with single_threaded():
-                batches.append(x.to("cpu", torch.bfloat16))
-            step(x.shape[0] * x.shape[1])
-            stop = start + len(x)
-            if stop % self.shard_blocks == 0 or stop == self.blocks.n_blocks:
-                shard = torch.cat(batches)
-                batches.clear()
-                write_bytes(
-                    self._path(number), save({"activations": shard}, {"checksum": self._checksum(shard)})
-                )
-                yield number, shard
-                number += 1
+    @property
+    def width(self) -> int:
+        """Size of one activation vector."""
+        return int(self.store.manifest["hooks"][self.hook_name])
 
-    def _path(self, number: int) -> Path:
-        return self.folder / _shard_name(number)
+    @property
+    def n_rows(self) -> int:
+        """Number of rows, those that do not count among them."""
+        return self.store.n_rows
 
-    def _range(self, number: int) -> BlockRange:
-        return number * self.shard_blocks, min((number + 1) * self.shard_blocks, self.blocks.n_blocks)
+    @property
+    def stored_as(self) -> str:
+        """Number format: "float32", "bfloat16", "float16" or "int8"."""
+        return str(self.store.manifest["inputs"]["stored_as"])
 
-    def _ids(self, number: int) -> Tensor:
-        return self.blocks.ids_tensor(*self._range(number))
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First row of each shard, and the number of rows: int64 [n_shards + 1]."""
+        return np.cumsum([0, *(shard.rows for shard in self.store.shards)], dtype=np.int64)
 
-    def _measure(self, number: int, x: Tensor, exclusion: Exclusion, moments: Moments) -> None:
-        with single_threaded():  # the other cores are capturing
-            moments.add(x[kept_positions(self.blocks, *self._range(number), x, exclusion)])
+    @property
+    def identity(self) -> str:
+        """sha256 of what the rows are: model, tokens, hook and number format, and how many there are."""
+        return hash_json([self.store.manifest["inputs"], self.hook_name, self.n_rows])
 
-    def _read(self, number: int) -> Tensor:
-        return load_file(self._path(number))["activations"]
+    def values(self, shard: int) -> Tensor:
+        """Rows of a shard as they are stored, [rows, width], memory-mapped."""
+        return self.store.map(shard)[f"activations/{self.hook_name}"]
 
-    def _is_valid(self, number: int) -> bool:
-        """Whether this shard is there, whole, and from the same inputs."""
+    def scales(self, shard: int) -> Tensor | None:
+        """Of int8 rows, what each is to be multiplied by: float32 [rows], memory-mapped."""
+        return self.store.map(shard).get(f"scale/{self.hook_name}")
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean, scale and exclusion, of the first 100,000 tokens of the first capture, whatever is appended.
+
+        Raises:
+            InputError: the file with them cannot be read, or no token counts.
+        """
+        if not self.store.complete:
+            special, rule = self.store.manifest["special_ids"], ExclusionRule(**self.store.manifest["rule"])
+            return statistics_of(self._text_rows(), special, rule)
+        path = self.folder / STATISTICS_FILE
         try:
-            with safe_open(self._path(number), "pt") as file:
-                metadata, shard = file.metadata() or {}, file.get_tensor("activations")
-        except (OSError, SafetensorError):
-            return False
-        start, stop = self._range(number)
-        shape = (stop - start, self.blocks.context_length, self.width)
-        return tuple(shard.shape) == shape and metadata.get("checksum") == self._checksum(shard)
+            mean = load_file(path)[f"mean/{self.hook_name}"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(f"{path} cannot be read ({error}): {_repair(self.folder)}") from None
+        facts = self.store.manifest["statistics"][self.hook_name]
+        max_norm = float("inf") if facts["max_norm"] is None else facts["max_norm"]
+        return Statistics(mean, facts["scale"], Exclusion(self._special, max_norm))
 
-    def _checksum(self, shard: Tensor) -> str:
-        """sha256 over the inputs and the activations."""
-        digest = hashlib.sha256(self.inputs_hash.encode())
-        digest.update(shard.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    @property
+    def mean(self) -> Tensor:
+        """float32 [width]; see :attr:`statistics`."""
+        return self.statistics.mean
+
+    @property
+    def scale(self) -> float:
+        """Makes E‖(x − mean)·scale‖² = width; see :attr:`statistics`."""
+        return self.statistics.scale
+
+    @property
+    def exclusion(self) -> Exclusion:
+        """Which positions count; see :attr:`statistics`."""
+        return self.statistics.exclusion
+
+    @property
+    def n_kept(self) -> int:
+        """Number of rows that count."""
+        return self.counts["kept"]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Number of rows by what becomes of them: "kept", "special", "outlier", "other role" (in chats)."""
+        if self.store.complete:
+            return dict(self.store.manifest["statistics"][self.hook_name]["counts"])
+        return self.count(self.exclusion)
+
+    def count(self, exclusion: Exclusion) -> dict[str, int]:
+        """:attr:`counts` under this exclusion, counted shard by shard."""
+        totals = {"kept": 0, "special": 0, "outlier": 0, "other role": 0}
+        for number in range(len(self.store.shards)):
+            text, within, counted = self._judged(number, exclusion)
+            totals["special"] += int((~text).sum())
+            totals["other role"] += int((text & ~counted).sum())
+            totals["outlier"] += int((text & counted & ~within).sum())
+            totals["kept"] += int((text & counted & within).sum())
+        return totals
+
+    def kept(self) -> np.ndarray:
+        """Which rows count: bits packed into uint8, row r at bit r % 8 of byte r // 8."""
+        bits = np.zeros(-(-self.n_rows // 8), np.uint8)
+        for number, start in enumerate(self.starts[:-1]):
+            text, within, counted = self._judged(number, self.exclusion)
+            rows = (text & within & counted).numpy()
+            first = int(start) % 8
+            packed = np.packbits(np.concatenate([np.zeros(first, bool), rows]), bitorder="little")
+            bits[int(start) // 8 : int(start) // 8 + len(packed)] |= packed
+        return bits
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Activations of blocks ``start`` to ``stop``: [stop - start, context, width], 0 at padding.
+
+        In the number format of the store; int8 is given as float32.
+
+        Raises:
+            InputError: a shard is missing or damaged.
+        """
+        first, last = int(self._block_rows[start]), int(self._block_rows[stop])
+        rows = torch.cat(list(self._slices(first, last)))
+        shape = (stop - start, self.blocks.context_length, rows.shape[1])
+        if len(rows) == shape[0] * shape[1]:
+            return rows.view(shape)
+        real = torch.from_numpy(self.blocks.documents[start:stop] != PADDING)
+        padded = rows.new_zeros(shape)
+        padded[real] = rows
+        return padded
+
+    @property
+    def _special(self) -> frozenset[int]:
+        rule = ExclusionRule(**self.store.manifest["rule"])
+        return frozenset(self.store.manifest["special_ids"] if rule.exclude_special else ())
+
+    @cached_property
+    def _block_rows(self) -> np.ndarray:
+        """First row of each block, and the number of rows: int64 [n_blocks + 1]."""
+        sizes = (
+            part != PADDING
+            for part in np.array_split(self.blocks.documents, self.blocks.n_blocks // 4096 + 1)
+        )
+        return np.cumsum(np.concatenate([[0], *(part.sum(axis=1) for part in sizes)]), dtype=np.int64)
+
+    def _slices(self, first: int, last: int) -> Iterator[Tensor]:
+        """Rows ``first`` to ``last``, in pieces that each lie in one shard."""
+        while first < last:
+            number = int(np.searchsorted(self.starts, first, side="right")) - 1
+            start, stop = (
+                first - int(self.starts[number]),
+                min(last, int(self.starts[number + 1])) - int(self.starts[number]),
+            )
+            rows = self.values(number)[start:stop]
+            scales = self.scales(number)
+            yield rows if scales is None else rows.float() * scales[start:stop, None]
+            first += stop - start
+
+    def _judged(self, number: int, exclusion: Exclusion) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row of a shard: whether it is text, within the bound on norms, of a role that was asked for."""
+        shard = self.store.map(number)
+        text = is_text(shard["ids"], exclusion.special_ids)
+        counted = shard["counted"].bool() if "counted" in shard else torch.ones_like(text)
+        return text, shard[f"norm/{self.hook_name}"] <= exclusion.max_norm, counted
+
+    def _text_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, activations) of the first capture's rows that may count, shard by shard."""
+        first_capture = self.store.manifest["inputs"]["captured_blocks"][0]
+        for number, start in enumerate(self.starts[:-1]):
+            if self.store.shards[number].blocks[0] >= first_capture:
+                return
+            shard = self.store.map(number)
+            (rows,) = self._slices(int(start), int(self.starts[number + 1]))
+            if "counted" in shard:
+                counted = shard["counted"].bool()
+                yield shard["ids"][counted], rows[counted]
+            else:
+                yield shard["ids"], rows
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+def own_hash(manifest: dict[str, Any]) -> str:
+    """What ``manifest["hash"]`` must be: sha256 of all the rest."""
+    return hash_json({key: value for key, value in manifest.items() if key != "hash"})
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to write into a folder that holds anything but a store, finished or not."""
-    ours = {MANIFEST, STATISTICS_FILE, TOKENS_FOLDER}
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder, KIND)
-    elif folder.exists():
-        for path in folder.iterdir():
-            if path.name not in ours and not path.name.startswith(("shard-", ".")):
-                raise InputError(
-                    f"{folder} holds {path.name}, which is no part of a {KIND}: give an empty or new folder."
-                )
+def _repair(folder: Path) -> str:
+    return f"sae store repair {folder} makes it again."
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if shutil.disk_usage(disk).free + there < needed:
-        raise InputError(_no_space(folder, needed))
-
-
-def _no_space(folder: Path, needed: int) -> str:
-    return (
-        f"The disk has too little room for the activations in {folder}, {needed / 1e6:,.0f} MB in all: free"
-        " some and run again to continue, or choose a folder on another disk."
-    )
+def _again(folder: Path) -> str:
+    return f"run the sae capture that made {folder} again, which keeps its activations."

@@ -1,4 +1,4 @@
-"""Shuffled batches of activations for training.
+"""Shuffled batches of activations for training, computed when they are needed.
 
 A ring buffer holds ``buffer_rows`` activations, by default half a gigabyte of them. A *round* is what it holds
 when the round begins: its slots are given out in random order, batch by batch, and the slots of each batch are
@@ -29,7 +29,6 @@ from activations.capture import (
 )
 from activations.errors import InputError
 from activations.exclusion import Exclusion
-from activations.store import ActivationStore
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
@@ -50,21 +49,9 @@ class _Source(Protocol):
         """Rows [n, width] of each range of blocks, in this order."""
 
 
-class _StoreSource:
-    def __init__(self, store: ActivationStore, device: torch.device):
-        self.ranges = block_ranges(store.n_blocks, store.inputs["batch_blocks"])
-        self.width, self.dtype, self.device = store.width, torch.bfloat16, device
-        self._store = store
-
-    def rows(self, ranges: Sequence[BlockRange]) -> Iterator[Tensor]:
-        for start, stop in ranges:
-            x = self._store.read(start, stop)
-            yield x[kept_positions(self._store.blocks, start, stop, x, self._store.exclusion)]
-
-
 class _LiveSource:
     def __init__(self, model: "LanguageModel", blocks: TokenBlocks, hook_name: str, exclusion: Exclusion):
-        self.ranges = block_ranges(blocks.n_blocks, blocks_per_batch(model))
+        self.ranges = block_ranges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length))
         self.width, self.dtype, self.device = model.width(hook_name), model.dtype, model.device
         self._model, self._blocks, self._hook_name, self._exclusion = model, blocks, hook_name, exclusion
         self._n_workers = torch.get_num_threads()
@@ -136,7 +123,7 @@ class ActivationStream(Iterator[Tensor]):
     size and buffer size: same batches, to the bit; :meth:`state_dict` between two batches, loaded into a
     stream made in the same way, continues with the same batches.
 
-    Make one with :meth:`from_store` or :meth:`live`.
+    Make one with :meth:`live`; a store is read by :class:`activations.store_stream.StoreStream`.
 
     Attributes:
         width: size of one activation vector.
@@ -159,21 +146,6 @@ class ActivationStream(Iterator[Tensor]):
         self._batches_done = 0
         self._round_place = _Place(0, 0)
         self._close()
-
-    @classmethod
-    def from_store(
-        cls,
-        store: ActivationStore,
-        *,
-        batch_size: int,
-        n_batches: int,
-        seed: int = 0,
-        buffer_rows: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "ActivationStream":
-        """Read activations from disk; buffer and batches are on ``device``."""
-        source = _StoreSource(store, torch.device(device))
-        return cls(source, batch_size=batch_size, n_batches=n_batches, seed=seed, buffer_rows=buffer_rows)
 
     @classmethod
     def live(

@@ -26,7 +26,7 @@ from activations.files import (
 )
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
-from activations.store import ActivationStore
+from activations.store import HookActivations
 from features.examples import ExampleTable, quantile_bands, sampling_rank, strength_rank
 from features.firings import Firings, stream_firings
 from features.index import FeatureIndex
@@ -49,7 +49,7 @@ def build_index(
     blocks: TokenBlocks,
     folder: str | Path,
     *,
-    activations: ActivationStore | None = None,
+    activations: HookActivations | None = None,
     inputs: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> FeatureIndex:
@@ -209,7 +209,7 @@ def _text_arrays(blocks: TokenBlocks, vocabulary: list[str]) -> dict[str, np.nda
 
 
 def _check_belongs(
-    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: ActivationStore | None
+    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None
 ) -> None:
     check_belongs(model, sae)
     if store is None:

@@ -17,7 +17,7 @@ from activations.blocks import TokenBlocks
 from activations.capture import block_ranges, blocks_per_batch, capture_blocks, kept_positions
 from activations.errors import InputError
 from activations.models import LanguageModel
-from activations.store import ActivationStore
+from activations.store import HookActivations
 from features.layout import QUANTA, WINDOW, WINDOW_BEFORE
 from sae.codes import SparseCodes
 from sae.model import SparseAutoencoder
@@ -117,7 +117,7 @@ def stream_firings(
     model: LanguageModel,
     sae: SparseAutoencoder,
     blocks: TokenBlocks,
-    store: ActivationStore | None = None,
+    store: HookActivations | None = None,
 ) -> Iterator[tuple[Firings, int]]:
     """The firings of ``sae`` on ``blocks``, in order; positions that training excludes are left out.
 
@@ -145,7 +145,7 @@ def stream_firings(
 
 
 def _kept_activations(
-    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: ActivationStore | None
+    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Positions that count, int64 [n], ascending, and their activations [n, d_in], a few blocks at a time."""
     exclusion = sae.exclusion(model.tokenizer)
@@ -157,13 +157,13 @@ def _kept_activations(
 
 
 def _activations(
-    model: LanguageModel, hook_name: str, blocks: TokenBlocks, store: ActivationStore | None
+    model: LanguageModel, hook_name: str, blocks: TokenBlocks, store: HookActivations | None
 ) -> Iterator[tuple[int, Tensor]]:
     if store is None:
         for start, captured in capture_blocks(model, blocks, [hook_name]):
             yield start, captured[hook_name]
     else:
-        for start, stop in block_ranges(blocks.n_blocks, blocks_per_batch(model)):
+        for start, stop in block_ranges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
             yield start, store.read(start, stop)
 
 

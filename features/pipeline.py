@@ -15,12 +15,17 @@ from typing import Any
 from activations.blocks import TokenBlocks
 from activations.corpus import Corpus, Split
 from activations.errors import InputError
+from activations.exclusion import Exclusion
 from activations.files import FORMAT_VERSION, MANIFEST, is_finished, read_json, write_json
+from activations.job import load_model, resolved_context_length
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.statistics import measure_statistics
-from activations.store import ActivationStore, write_store
+from activations.store import SHUFFLED, TOKENS, ActivationStore, HookActivations
+from activations.store_stream import StoreStream
 from activations.stream import ActivationStream
+from activations.verify import captured_with
+from activations.writer import write_store
 from features.build import build_index
 from features.explain import label_features, label_inputs
 from features.index import FeatureIndex
@@ -31,8 +36,6 @@ from sae.evaluate import Evaluation, evaluate
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder, read_run_config, write_run_config
 from sae.train import train
-
-LONGEST_CONTEXT = 1024  # tokens per training sequence, unless asked for
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,15 @@ class Pipeline:
         if model is not None:
             config = replace(config, model=model.name)
         config.check()
+        self.store: HookActivations | None = None
+        if config.store is not None and (not self._on_disk or Path(config.store).is_dir()):
+            store = ActivationStore.open(config.store)
+            config = _as_captured(config, store)
+            self.store = store.at(config.hook_name)
+            config = replace(config, tokens=config.tokens or self.store.n_kept)
+        config = replace(config, tokens=config.resolved_tokens())
         self.config = config
-        self.sizes = sizes or Sizes.for_training(config.tokens)
+        self.sizes = sizes or Sizes.for_training(config.resolved_tokens())
         self.store_activations = store_activations
         self.progress = progress
         self._given_model = model
@@ -101,7 +111,7 @@ class Pipeline:
     @cached_property
     def model(self) -> LanguageModel:
         """The language model."""
-        return self._given_model or LanguageModel.load(self.config.model)
+        return self._given_model or load_model(self.config)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -111,9 +121,7 @@ class Pipeline:
     @property
     def context_length(self) -> int:
         """Tokens per sequence."""
-        if self.config.context_length is not None:
-            return self.config.context_length
-        return min(self.model.context_length, LONGEST_CONTEXT)
+        return resolved_context_length(self.model, self.config.context_length)
 
     def start(self) -> None:
         """Check the settings, read the corpus, and write ``run.toml`` and the token blocks.
@@ -126,17 +134,15 @@ class Pipeline:
         """
         self.config.sae.check()
         self.model.width(self.config.hook_name)  # refuses a hook that is not there
-        if self.context_length > self.model.context_length:
+        if self.store is not None and self.model.hash != self.store.store.manifest["inputs"]["model"]:
             raise InputError(
-                f"context_length is {self.context_length}, and {self.config.model} reads at most"
-                f" {self.model.context_length} tokens."
+                f"The weights of {self.config.model} are not those that {self.config.store} was captured with."
             )
-        needed: tuple[tuple[Split, int], ...] = (
-            ("test", self.sizes.test_tokens),
-            ("train", self.config.tokens),
-        )
+        needed: list[tuple[Split, int]] = [("test", self.sizes.test_tokens)]
+        if self.store is None:
+            needed.append(("train", self.config.resolved_tokens()))
         made = {
-            split: self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
+            split: self._made(split, n_tokens)
             for split, n_tokens in needed
             if not TokenBlocks.is_finished(self.run.tokens / split, self._token_inputs(n_tokens))
         }
@@ -144,6 +150,16 @@ class Pipeline:
         for split, n_tokens in needed:
             if split in made:
                 made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
+
+    def _made(self, split: Split, n_tokens: int) -> TokenBlocks:
+        """Token blocks of a split: those beside the stored activations, or cut from the text."""
+        if self.store is not None:
+            beside = self.store.folder / TOKENS / split
+            if (beside / MANIFEST).is_file():
+                held = TokenBlocks.load(beside)
+                if held.n_tokens >= n_tokens:
+                    return held.first_tokens(n_tokens)
+        return self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
 
     def tokens(self, split: Split, n_tokens: int) -> TokenBlocks:
         """Token blocks of a split, from the run folder or made and kept there.
@@ -156,7 +172,7 @@ class Pipeline:
         inputs = self._token_inputs(n_tokens)
         if TokenBlocks.is_finished(folder, inputs):
             return TokenBlocks.load(folder)
-        blocks = self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
+        blocks = self._made(split, n_tokens)
         blocks.save(folder, inputs)
         return blocks
 
@@ -170,22 +186,38 @@ class Pipeline:
 
     def _token_inputs(self, n_tokens: int) -> dict[str, Any]:
         return {
-            "corpus": self.corpus.hash,
+            "corpus": self._text_hash,
             "tokenizer": self.model.tokenizer.hash,
             "tokens": n_tokens,
             "context": self.context_length,
         }
 
+    @property
+    def _text_hash(self) -> str:
+        """Of the corpus; of the tokens in the store where training reads one, whose text may be gone."""
+        return self.corpus.hash if self.store is None else self.store.blocks.hash
+
     @cached_property
     def train_blocks(self) -> TokenBlocks:
         """The training tokens."""
-        return self.tokens("train", self.config.tokens)
+        if self.store is not None:
+            return self.store.blocks
+        return self.tokens("train", self.config.resolved_tokens())
 
-    def capture(self) -> ActivationStore:
-        """Write the activations of the training tokens to disk, or open them."""
-        return write_store(
-            self.model, self.train_blocks, self.config.hook_name, self.run.activations, progress=self.progress
+    def capture(self) -> HookActivations:
+        """The stored activations of the training tokens, captured first if they are not there."""
+        if self.store is not None:
+            return self.store
+        store = write_store(
+            self.model,
+            self.train_blocks,
+            [self.config.hook_name],
+            self.run.activations,
+            rule=self.config.rule,
+            replace_other=True,
+            progress=self.progress,
         )
+        return store.at(self.config.hook_name)
 
     def train(self) -> SparseAutoencoder:
         """Train the SAE, or load it."""
@@ -196,31 +228,21 @@ class Pipeline:
             "dtype": str(model.dtype),
             "device": model.device.type,
             "tokens": blocks.hash,
-            "activations": "stored" if self.store_activations else "live",
+            "activations": "live" if self._live else "stored" if self.store is None else self.store.identity,
         }
         if is_finished(self.run.sae, "sae", inputs):
             return self.sae()
-        batch = config.resolved_batch_tokens()
-        n_batches = config.n_steps()
-        stream: ActivationStream
-        if self.store_activations:
-            store = self.capture()
-            mean, scale, exclusion = store.mean, store.scale, store.exclusion
-            stream = ActivationStream.from_store(
-                store, batch_size=batch, n_batches=n_batches, seed=config.seed, device=model.device
+        batches: ActivationStream | StoreStream
+        if self._live:
+            statistics = measure_statistics(
+                model, blocks, config.hook_name, config.rule, progress=self.progress
             )
+            batches = self._live_batches(statistics.exclusion)
         else:
-            statistics = measure_statistics(model, blocks, config.hook_name, progress=self.progress)
-            mean, scale, exclusion = statistics.mean, statistics.scale, statistics.exclusion
-            stream = ActivationStream.live(
-                model,
-                blocks,
-                config.hook_name,
-                exclusion,
-                batch_size=batch,
-                n_batches=n_batches,
-                seed=config.seed,
-            )
+            held = self.capture()
+            statistics = held.statistics
+            batches = self._stored_batches(held)
+        exclusion = statistics.exclusion
         metadata = {
             "model_name": config.model,
             "model_hash": model.hash,
@@ -228,21 +250,53 @@ class Pipeline:
             "context_size": self.context_length,
             "prepend_bos": blocks.bos,
             "packing": blocks.packing,
-            "exclude_special_tokens": True,
+            "exclude_special_tokens": config.rule.exclude_special,
             "max_norm": None if exclusion.max_norm == float("inf") else exclusion.max_norm,
             "dataset_path": config.corpus.name,
-            "corpus_hash": self.corpus.hash,
+            "corpus_hash": self._text_hash,
+            "model_from_pretrained_kwargs": {"center_writing_weights": model.center_writing_weights},
         }
         return train(
             config,
-            stream,
-            mean.to(model.device),
-            scale,
+            batches,
+            statistics.mean.to(model.device),
+            statistics.scale,
             self.run.path,
             metadata=metadata,
             inputs=inputs,
             progress=self.progress,
         )
+
+    @property
+    def _live(self) -> bool:
+        """Whether training computes activations as it goes."""
+        return self.store is None and not self.store_activations
+
+    def _live_batches(self, exclusion: Exclusion) -> ActivationStream:
+        config = self.config
+        return ActivationStream.live(
+            self.model,
+            self.train_blocks,
+            config.hook_name,
+            exclusion,
+            batch_size=config.resolved_batch_tokens(),
+            n_batches=config.n_steps(),
+            seed=config.seed,
+            buffer_rows=config.buffer_tokens,
+        )
+
+    def _stored_batches(self, held: HookActivations) -> StoreStream:
+        config = self.config
+        settings: dict[str, Any] = {
+            "batch_size": config.resolved_batch_tokens(),
+            "n_batches": config.n_steps(),
+            "seed": config.seed,
+            "device": self.model.device,
+        }
+        if config.order == "exact":
+            return StoreStream.exact(held, **settings)
+        copy = held.folder / SHUFFLED / f"{config.hook_name}-{config.seed}"
+        return StoreStream.external(held, copy, progress=self.progress, **settings)
 
     def sae(self) -> SparseAutoencoder:
         """The trained SAE, from the run folder, on the model's device."""
@@ -276,13 +330,16 @@ class Pipeline:
             progress=self.progress,
         )
 
-    def _stored(self) -> ActivationStore | None:
+    def _stored(self) -> HookActivations | None:
         """The activations on disk, if they are there, whole, and of these tokens."""
+        if self.store is not None:
+            return self.store
         if not (self.run.activations / MANIFEST).is_file():
             return None
         store = ActivationStore.open(self.run.activations)
-        fits = store.blocks.hash == self.train_blocks.hash and store.hook_name == self.config.hook_name
-        return store if fits and store.inputs["model"] == self.model.hash else None
+        fits = store.blocks.hash == self.train_blocks.hash and self.config.hook_name in store.hook_names
+        same_model = store.manifest["inputs"]["model"] == self.model.hash
+        return store.at(self.config.hook_name) if fits and same_model else None
 
     def label(self, sae: SparseAutoencoder, index: FeatureIndex) -> Labels:
         """Give every feature a first label, scored on the score split; people's labels stay.
@@ -306,15 +363,42 @@ class Pipeline:
                 )
 
     def drop_activations(self) -> None:
-        """Delete the stored activations: only another training would need them."""
+        """Delete the activations in the run folder: only another training would need them."""
         if self.run.activations.exists():
             shutil.rmtree(self.run.activations)
+
+
+def _as_captured(config: TrainConfig, store: ActivationStore) -> TrainConfig:
+    """The configuration with everything that the store decides, which it may not contradict."""
+    captured, default = captured_with(store.folder), TrainConfig()
+    decided: dict[str, Any] = {
+        "model": captured.model,
+        "corpus": captured.corpus,
+        "context_length": store.blocks.context_length,
+        "rule": captured.rule,
+        "dtype": captured.dtype,
+        "center_writing_weights": captured.center_writing_weights,
+    }
+    if config.hook_name == default.hook_name and len(store.hook_names) == 1:
+        decided["hook_name"] = store.hook_names[0]
+    for name, value in decided.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(default, name)):
+            raise InputError(
+                f"{name} is {given!r}, and {store.folder} was captured with {value!r}: leave {name} out, or capture"
+                " again."
+            )
+    return replace(config, **decided)
 
 
 def _as_inputs(config: TrainConfig) -> dict[str, Any]:
     """What training depends on: the configuration with its defaults worked out."""
     worked_out = replace(
-        config, batch_tokens=config.resolved_batch_tokens(), learning_rate=config.resolved_learning_rate()
+        config,
+        batch_tokens=config.resolved_batch_tokens(),
+        learning_rate=config.resolved_learning_rate(),
+        store=None,  # known by what it holds, wherever it lies
+        order="exact",  # the other order gives the same batches
     )
     return asdict(worked_out)
 

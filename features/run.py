@@ -202,9 +202,9 @@ class Run:
             return found
 
     def _load_model(self) -> "LanguageModel":
-        from activations.models import LanguageModel
+        from activations.job import load_model
 
-        model = self._given_model or LanguageModel.load(self.config.model, device=self._device)
+        model = self._given_model or load_model(self.config, device=self._device)
         expected = self._sae_metadata().get("model_hash")
         if expected is not None and model.hash != expected:
             raise InputError(

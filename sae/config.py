@@ -8,8 +8,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from activations.config import ExclusionRule, ModelDtype
 from activations.corpus import CorpusConfig
 from activations.errors import InputError
+
+DEFAULT_TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,12 @@ class TrainConfig:
     """The text that the model reads."""
     sae: SAEConfig = field(default_factory=SAEConfig)
     """The sparse autoencoder."""
-    tokens: int = 2_000_000
-    """Training tokens."""
+    store: str | None = None
+    """A folder that sae capture wrote: its activations in the place of those of a model that reads text now."""
+    order: Literal["exact", "external"] = "exact"
+    """With a store: exact reads rows where they lie, external writes a shuffled copy first (for more than memory)."""
+    tokens: int | None = None
+    """Training tokens; 2 million by default, or all that the store holds."""
     passes: int = 1
     """How often the training tokens are read, in another order each time."""
     context_length: int | None = None
@@ -61,16 +68,26 @@ class TrainConfig:
     """Tokens per training step; by default chosen from the length of the run."""
     learning_rate: float | None = None
     """Peak learning rate of Adam; chosen from the number of steps by default."""
+    buffer_tokens: int | None = None
+    """Without a store: activations in the shuffle buffer; by default half a gigabyte of them."""
     warmup: float = 0.05
     """Fraction of the run over which the learning rate rises from 0."""
     decay: float = 0.5
     """Fraction of the run, at its end, over which the learning rate falls to 0."""
     seed: int = 0
     """Seeds the data order and the initial weights."""
+    rule: ExclusionRule = field(default_factory=ExclusionRule)
+    """Which positions the SAE does not see."""
+    device: str | None = None
+    """cuda, mps or cpu; by default the first of them that is there."""
+    dtype: ModelDtype | None = None
+    """Number format the model computes in; by default float32, on CUDA that of its checkpoint."""
+    center_writing_weights: bool = False
+    """Subtract from activations their mean over d_model, as TransformerLens does (matters with LayerNorm only)."""
 
     def check(self) -> None:
         """Raise InputError for settings that no run can have."""
-        if self.tokens < 1:
+        if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens is {self.tokens}, and must be at least 1.")
         if self.passes < 1:
             raise InputError(f"passes is {self.passes}, and must be at least 1.")
@@ -80,16 +97,25 @@ class TrainConfig:
             raise InputError(f"seed is {min(self.seed, self.corpus.shuffle_seed)}, and must not be negative.")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise InputError(f"batch_tokens is {self.batch_tokens}, and must be at least 1.")
+        if self.buffer_tokens is not None and self.buffer_tokens < 1:
+            raise InputError(f"buffer_tokens is {self.buffer_tokens}, and must be at least 1.")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise InputError(f"learning_rate is {self.learning_rate}, and must be above 0.")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise InputError(
                 "warmup and decay are fractions of the run: neither may be negative, nor their sum above 1."
             )
+        if self.order == "external" and self.store is None:
+            raise InputError("order 'external' is for a store of activations: give --store, or leave it out.")
+        self.rule.check()
+
+    def resolved_tokens(self) -> int:
+        """``tokens``, or 2 million."""
+        return DEFAULT_TOKENS if self.tokens is None else self.tokens
 
     def tokens_read(self) -> int:
         """Training tokens, counted once for every pass."""
-        return self.tokens * self.passes
+        return self.resolved_tokens() * self.passes
 
     def resolved_batch_tokens(self) -> int:
         """``batch_tokens``, or ``1024 · √(tokens read / 4 million)`` as a power of two from 64 to 4,096.

@@ -87,7 +87,11 @@ class SparseAutoencoder:
     def exclusion(self, tokenizer: Tokenizer) -> Exclusion:
         """The positions that training left out: special tokens and outlier norms."""
         max_norm = self.metadata.get("max_norm")
-        return Exclusion(tokenizer.special_ids, float("inf") if max_norm is None else float(max_norm))
+        keeps_special = self.metadata.get("exclude_special_tokens") is False
+        return Exclusion(
+            frozenset() if keeps_special else tokenizer.special_ids,
+            float("inf") if max_norm is None else float(max_norm),
+        )
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseCodes:

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from activations.config import ExclusionRule
 from activations.corpus import CorpusConfig
 from activations.errors import InputError
 from activations.files import FORMAT_VERSION, write_bytes
@@ -107,7 +108,7 @@ def read_run_config(folder: Path) -> TrainConfig:
             " newer saescope."
         )
     table.pop("versions", None)
-    parts = {"corpus": CorpusConfig, "sae": SAEConfig}
+    parts = {"corpus": CorpusConfig, "sae": SAEConfig, "rule": ExclusionRule}
     for name in parts:
         if not isinstance(table.setdefault(name, {}), dict):
             raise InputError(f"{path} has {name} = {table[name]!r}, and it must be a table.")

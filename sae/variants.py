@@ -57,7 +57,9 @@ class Variants:
     def batches(self) -> list[BlockRange]:
         """Ranges of blocks that suit the device, their logits below 64 MB where that is possible."""
         block_bytes = self.blocks.context_length * self.model.d_vocab * 4
-        size = max(1, min(blocks_per_batch(self.model), _LOGIT_BYTES // block_bytes))
+        size = max(
+            1, min(blocks_per_batch(self.model, self.blocks.context_length), _LOGIT_BYTES // block_bytes)
+        )
         return block_ranges(self.blocks.n_blocks, size)
 
     @torch.no_grad()

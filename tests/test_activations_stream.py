@@ -15,8 +15,9 @@ from activations.capture import BlockRange, capture_blocks, kept_positions
 from activations.errors import InputError
 from activations.exclusion import Exclusion
 from activations.models import LanguageModel
-from activations.store import write_store
+from activations.store_stream import StoreStream
 from activations.stream import ActivationStream
+from activations.writer import write_store
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -178,18 +179,15 @@ def blocks() -> TokenBlocks:
 def test_live_and_stored_streams_give_the_same_activations(
     model: LanguageModel, blocks: TokenBlocks, tmp_path: Path
 ) -> None:
-    store = write_store(model, blocks, HOOK, tmp_path)
-    settings = {
-        "batch_size": 32,
-        "n_batches": 20,
-        "seed": 5,
-        "buffer_rows": 128,
-    }  # 640 of some 450: two passes
-    stored = ActivationStream.from_store(store, **settings)
-    live = ActivationStream.live(model, blocks, HOOK, store.exclusion, **settings)
-    for from_disk, computed in zip(stored, live, strict=True):
-        assert from_disk.dtype == computed.dtype == torch.float32
-        assert torch.equal(from_disk, computed.bfloat16().float())
+    held = write_store(model, blocks, [HOOK], tmp_path).at()
+    settings = {"batch_size": 32, "n_batches": held.n_kept // 32, "seed": 5}
+    stored = torch.cat(list(StoreStream.exact(held, **settings)))
+    live = torch.cat(list(ActivationStream.live(model, blocks, HOOK, held.exclusion, **settings)))
+    assert stored.dtype == live.dtype == torch.float32
+    assert len(stored) == held.n_kept // 32 * 32
+    known = {row.numpy().tobytes() for row in live.bfloat16().float()}
+    missing = [row for row in stored if row.numpy().tobytes() not in known]
+    assert len(missing) <= held.n_kept % 32  # the last rows of another order
 
 
 def test_excluded_positions_are_never_given(model: LanguageModel, blocks: TokenBlocks) -> None:

@@ -6,6 +6,8 @@ import sys
 
 VERBS = {
     "demo": "the whole road on the bundled model: train, evaluate, index, label, steer",
+    "capture": "write the activations of a model on text to disk, once for many trainings",
+    "store": "look for damage in stored activations, and repair it",
     "train": "train a sparse autoencoder on a model's activations",
     "evaluate": "measure an SAE on text it has not seen",
     "index": "find out what makes each feature fire, and give it a first label",

@@ -31,14 +31,16 @@ def main(arguments: Sequence[str]) -> None:
 
     pipeline = Pipeline(given.out, given.train, progress=progress)
     pipeline.start()
-    stage(
-        f"Training on {given.train.tokens_read():,} tokens at {given.train.hook_name} of {given.train.model}"
-    )
-    available = pipeline.train_blocks.n_tokens
-    if available < given.train.tokens:
-        passes = given.train.tokens_read() / available
+    config = pipeline.config
+    stage(f"Training on {config.tokens_read():,} tokens at {config.hook_name} of {config.model}")
+    store = pipeline.store
+    if store is not None and not store.store.complete:
+        console.print(f"  {store.folder} is unfinished: training reads what is there.", soft_wrap=True)
+    available = pipeline.train_blocks.n_tokens if store is None else store.n_kept
+    if available < config.resolved_tokens():
         console.print(
-            f"  The corpus holds {available:,} training tokens: it is read {passes:.1f} times over."
+            f"  {'The corpus' if store is None else 'The store'} holds {available:,} training tokens: it is read"
+            f" {config.tokens_read() / available:.1f} times over."
         )
     sae = pipeline.train()
     stage("Evaluating on the test split")

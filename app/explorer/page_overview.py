@@ -30,9 +30,10 @@ def show() -> None:
 def _heading(run: Run) -> str:
     sae = run.config.sae
     kind = f"TopK, k = {sae.k}" if sae.architecture == "topk" else sae.architecture
+    passes = f" read {run.config.passes} times" if run.config.passes > 1 else ""
     facts = (
         f"{sae.d_sae:,} features ({kind}) of {run.config.model} at {run.config.hook_name}, trained on"
-        f" {run.config.tokens:,} tokens, indexed on {run.index.n_tokens:,}"
+        f" {run.config.resolved_tokens():,} tokens{passes}, indexed on {run.index.n_tokens:,}"
     )
     return f'<h1 class="page">{escape(run.name)}</h1><p class="faint">{escape(facts)}</p>'
 

@@ -1,0 +1,39 @@
+"""Several processes that share one piece of work, as ``torchrun`` starts them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+LONGEST_WAIT = timedelta(days=7)
+"""One process may tokenise for hours while the others wait."""
+
+
+def _nobody_to_wait_for() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank: number of this process. size: how many there are. wait: returns when all have called it."""
+
+    rank: int = 0
+    size: int = 1
+    wait: Callable[[], None] = _nobody_to_wait_for
+
+
+ALONE = Processes()
+
+
+def started_processes() -> Processes:
+    """Those that ``torchrun`` started, of which this is one; otherwise this process alone.
+
+    They exchange nothing but "I am here": gloo serves every machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier)
