@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from activations.errors import InputError
-from activations.files import is_finished, new_folder, read_manifest, room_needed, write_manifest
+from activations.files import is_finished, new_folder, read_manifest, room_for, room_needed, write_manifest
 from activations.ordered import CHUNK, RowFormat, RowOrder, RowSource
 from activations.progress import Progress, Step, silent
 
@@ -81,9 +81,10 @@ class ShuffledReader:
         if not is_finished(folder, KIND, inputs):
             if folder.exists() and any(folder.iterdir()):
                 read_manifest(folder, KIND)  # refuses what is not ours
-            _check_space(folder, external_bytes(source, memory_bytes=memory_bytes))
-            shutil.rmtree(folder, ignore_errors=True)
             needed = external_bytes(source, memory_bytes=memory_bytes)
+            if room_for(folder, freed=folder.glob("*.bin")) < needed:
+                raise InputError(_no_space(folder, needed))
+            shutil.rmtree(folder, ignore_errors=True)
             with room_needed(_no_space(folder, needed)), new_folder(folder) as new:
                 with progress("shuffle", total=2 * source.n_rows, unit="rows") as step:
                     _shuffle(source, seed, new, memory_bytes, step)
@@ -210,13 +211,6 @@ def _checksum(chunk: np.ndarray) -> int:
     n_words = len(flat) // 8
     rest = int.from_bytes(flat[8 * n_words :].tobytes(), "little")
     return (int(flat[: 8 * n_words].view("<u8").sum()) + rest) % 2**64
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if shutil.disk_usage(disk).free + there < needed:
-        raise InputError(_no_space(folder, needed))
 
 
 def _no_space(folder: Path, needed: int) -> str:

@@ -1,6 +1,7 @@
 """Reading rows in the order of training: where they lie, and from a shuffled copy."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -307,8 +308,8 @@ def test_disk_use_is_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_too_little_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shuffled.shutil.disk_usage(tmp_path)._replace(free=30_000)
-    monkeypatch.setattr(shuffled.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=30_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError) as refused:
         make("external", Rows(), tmp_path)
     assert str(refused.value).startswith("The disk has too little room to shuffle the activations into")
