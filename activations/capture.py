@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,9 +35,24 @@ def blocks_per_batch(model: "LanguageModel", context_length: int) -> int:
     return max(1, tokens // context_length)
 
 
-def block_ranges(n_blocks: int, batch_blocks: int, start: int = 0) -> list[BlockRange]:
-    """(start, stop) of each batch from block ``start`` on."""
-    return [(i, min(i + batch_blocks, n_blocks)) for i in range(start, n_blocks, batch_blocks)]
+@dataclass(frozen=True)
+class BlockRanges(Sequence[BlockRange]):
+    """(first, last + 1) of each batch of blocks from ``start`` on; computed when asked for, however many there are."""
+
+    n_blocks: int
+    batch_blocks: int
+    start: int = 0
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.n_blocks - self.start) // self.batch_blocks))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first = self.start + int(index) % len(self) * self.batch_blocks
+        return first, min(first + self.batch_blocks, self.n_blocks)
 
 
 def capture_blocks(
@@ -53,7 +68,7 @@ def capture_blocks(
     Yields:
         (first block of the batch, {hook_name: [batch, context, width]}).
     """
-    ranges = block_ranges(
+    ranges = BlockRanges(
         blocks.n_blocks, batch_blocks or blocks_per_batch(model, blocks.context_length), start
     )
     return capture_ranges(model, blocks, hook_names, ranges)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activations.blocks import TokenBlocks
-from activations.capture import BlockRange, block_ranges, blocks_per_batch
+from activations.capture import BlockRange, BlockRanges, blocks_per_batch
 from activations.config import ExclusionRule, StoredAs
 from activations.errors import InputError
 from activations.files import FORMAT_VERSION, read_manifest
@@ -83,7 +83,7 @@ class Plan:
         ranges: list[BlockRange] = []
         for n_blocks in self.inputs["captured_blocks"]:
             start = ranges[-1][1] if ranges else 0
-            ranges += block_ranges(start + n_blocks, self.shard_blocks, start)
+            ranges += BlockRanges(start + n_blocks, self.shard_blocks, start)
         return ranges
 
     def is_finished(self, folder: Path) -> bool:

@@ -11,7 +11,7 @@ The source gives batches of blocks in an order that is drawn anew for every pass
 many neighbouring blocks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from activations.blocks import TokenBlocks
 from activations.capture import (
     BlockRange,
-    block_ranges,
+    BlockRanges,
     blocks_per_batch,
     capture_ranges,
     kept_positions,
@@ -40,29 +40,29 @@ _ORDER_OF_BLOCKS, _ORDER_OF_ROWS = 0, 1
 class _Source(Protocol):
     """Gives the activations that count, batch of blocks by batch of blocks."""
 
-    ranges: list[BlockRange]
+    ranges: Sequence[BlockRange]
     width: int
     dtype: torch.dtype
     device: torch.device
 
-    def rows(self, ranges: Sequence[BlockRange]) -> Iterator[Tensor]:
+    def rows(self, ranges: Iterable[BlockRange]) -> Iterator[Tensor]:
         """Rows [n, width] of each range of blocks, in this order."""
 
 
 class _LiveSource:
     def __init__(self, model: "LanguageModel", blocks: TokenBlocks, hook_name: str, exclusion: Exclusion):
-        self.ranges = block_ranges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length))
+        self.ranges = BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length))
         self.width, self.dtype, self.device = model.width(hook_name), model.dtype, model.device
         self._model, self._blocks, self._hook_name, self._exclusion = model, blocks, hook_name, exclusion
         self._n_workers = torch.get_num_threads()
 
-    def rows(self, ranges: Sequence[BlockRange]) -> Iterator[Tensor]:
+    def rows(self, ranges: Iterable[BlockRange]) -> Iterator[Tensor]:
         captured = capture_ranges(
             self._model, self._blocks, [self._hook_name], ranges, n_workers=self._n_workers
         )
-        for (start, stop), (_, activations) in zip(ranges, captured, strict=True):
+        for start, activations in captured:
             x = activations[self._hook_name]
-            yield x[kept_positions(self._blocks, start, stop, x, self._exclusion)]
+            yield x[kept_positions(self._blocks, start, start + len(x), x, self._exclusion)]
 
 
 class _Place(NamedTuple):
@@ -106,7 +106,7 @@ class _Reader:
             number, first = divmod(batch, len(ranges))
             order = np.random.default_rng((self._seed, _ORDER_OF_BLOCKS, number)).permutation(len(ranges))
             n_rows = 0
-            for rows in self._source.rows([ranges[i] for i in order[first:]]):
+            for rows in self._source.rows(ranges[i] for i in order[first:]):
                 n_rows += len(rows)
                 yield rows
             if first == 0 and n_rows == 0:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from activations.blocks import PADDING, TokenBlocks
-from activations.capture import BlockRange, block_ranges, in_order
+from activations.capture import BlockRange, BlockRanges, in_order
 from activations.config import ExclusionRule, StoredAs
 from activations.errors import InputError
 from activations.exclusion import norms
@@ -240,15 +240,21 @@ class Writer:
         """Compute and write these shards, in this order; each gets its line in this process's list of shards."""
         journal = self.folder / (SHARDS_FILE if processes.size == 1 else f"shards-{processes.rank:03d}.jsonl")
         ranges = self.plan.shards
-        batches = [
-            (n, b) for n in numbers for b in block_ranges(ranges[n][1], self.plan.batch_blocks, ranges[n][0])
-        ]
         written: list[Shard] = []
         pending: Future[Shard] | None = None
         parts: list[dict[str, Tensor]] = []
-        captured = in_order(self.model.device, self.rows, [block_range for _, block_range in batches])
+        batches = (
+            (number, batch)
+            for number in numbers
+            for batch in BlockRanges(ranges[number][1], self.plan.batch_blocks, ranges[number][0])
+        )
+
+        def work(batch: tuple[int, BlockRange]) -> tuple[int, int, dict[str, Tensor]]:
+            number, block_range = batch
+            return number, block_range[1], self.rows(block_range)
+
         with ThreadPoolExecutor(1, thread_name_prefix="write") as background:
-            for (number, (_, stop)), rows in zip(batches, captured, strict=True):
+            for number, stop, rows in in_order(self.model.device, work, batches):
                 parts.append(rows)
                 start, end = ranges[number]
                 if pending is not None and (2 * (stop - start) >= end - start):

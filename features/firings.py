@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import block_ranges, blocks_per_batch, capture_blocks, kept_positions
+from activations.capture import BlockRanges, blocks_per_batch, capture_blocks, kept_positions
 from activations.errors import InputError
 from activations.models import LanguageModel
 from activations.store import HookActivations
@@ -163,7 +163,7 @@ def _activations(
         for start, captured in capture_blocks(model, blocks, [hook_name]):
             yield start, captured[hook_name]
     else:
-        for start, stop in block_ranges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
+        for start, stop in BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
             yield start, store.read(start, stop)
 
 

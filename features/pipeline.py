@@ -158,7 +158,7 @@ class Pipeline:
             if (beside / MANIFEST).is_file():
                 held = TokenBlocks.load(beside)
                 if held.n_tokens >= n_tokens:
-                    return held.first_tokens(n_tokens)
+                    return held  # all of it: a part would hold fewer documents
         return self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
 
     def tokens(self, split: Split, n_tokens: int) -> TokenBlocks:

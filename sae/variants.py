@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from activations.blocks import PADDING, TokenBlocks
-from activations.capture import BlockRange, block_ranges, blocks_per_batch, kept_positions
+from activations.capture import BlockRange, BlockRanges, blocks_per_batch, kept_positions
 from activations.models import LanguageModel
 from sae.bootstrap import PartialSums
 from sae.controls import Autoencoder
@@ -60,7 +60,7 @@ class Variants:
         size = max(
             1, min(blocks_per_batch(self.model, self.blocks.context_length), _LOGIT_BYTES // block_bytes)
         )
-        return block_ranges(self.blocks.n_blocks, size)
+        return BlockRanges(self.blocks.n_blocks, size)
 
     @torch.no_grad()
     def measure(self, block_range: BlockRange) -> BatchSums:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from activations.blocks import PADDING, TokenBlocks
 from activations.errors import InputError
-from activations.store import write_store
 from activations.tokenizer import Tokenizer
+from activations.writer import write_store
 from features import firings as firings_module
 from features import lens as lens_module
 from features.build import build_index
@@ -416,7 +416,7 @@ def test_from_a_store(tmp_path: Path) -> None:
     longer = make_blocks(30)
     assert (longer.ids[:15] == blocks.ids[:15]).all()  # same seed: the same text goes on
     first = replace(blocks, ids=blocks.ids[:15], documents=blocks.documents[:15])
-    store = write_store(LookupModel(), longer, HOOK, tmp_path / "store")  # type: ignore[arg-type]
+    store = write_store(LookupModel(), longer, [HOOK], tmp_path / "store").at()  # type: ignore[arg-type]
     build(tmp_path / "live", first, sae)
     build(tmp_path / "stored", first, sae, activations=store)
     same_files(tmp_path / "live", tmp_path / "stored", but=("manifest.json",))

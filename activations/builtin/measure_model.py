@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from activations.blocks import TokenBlocks
-from activations.capture import BlockRange, block_ranges, in_order
+from activations.capture import BlockRange, BlockRanges, in_order
 from activations.corpus import Corpus
 from activations.errors import InputError
 from activations.models import LanguageModel
@@ -61,7 +61,7 @@ def measure_loss(model: LanguageModel, blocks: TokenBlocks) -> ModelLoss:
     nats = torch.zeros(blocks.context_length - 1, dtype=torch.float64)
     counts = torch.zeros(blocks.context_length - 1, dtype=torch.int64)
     n_bytes = 0
-    ranges = block_ranges(blocks.n_blocks, _BATCH_BLOCKS)
+    ranges = BlockRanges(blocks.n_blocks, _BATCH_BLOCKS)
     for batch_nats, batch_counts, batch_bytes in in_order(model.device, measure, ranges):
         nats += batch_nats
         counts += batch_counts

@@ -1,5 +1,6 @@
 """From typed words to a dataclass; words that do not fit are explained by tyro, with status 2."""
 
+import inspect
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,4 +14,5 @@ def parse(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
 
     tyro prints its own explanation of words that do not fit and exits with status 2.
     """
-    return tyro.cli(kind, prog=f"sae {verb}", args=list(arguments), description=kind.__doc__)
+    description = inspect.cleandoc(kind.__doc__ or "")
+    return tyro.cli(kind, prog=f"sae {verb}", args=list(arguments), description=description)

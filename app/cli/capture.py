@@ -76,21 +76,16 @@ def _announce(job: "CaptureJob", folder: Path) -> None:
 
 def _conclude(store: "ActivationStore") -> None:
     """What is there now."""
-    from app.cli.terminal import console, table
+    from app.cli.terminal import console
 
-    table(
-        ["hook_name", "width", "rows", "kept", "special", "outliers", "other roles"],
-        [
-            [
-                name,
-                f"{hook.width:,}",
-                f"{hook.n_rows:,}",
-                *(f"{hook.counts[kind]:,}" for kind in ("kept", "special", "outlier", "other role")),
-            ]
-            for name in store.hook_names
-            for hook in [store.at(name)]
-        ],
-    )
+    for name in store.hook_names:
+        counts = store.at(name).counts
+        left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n and why != "kept") or "none"
+        console.print(
+            f"  {name}: {counts['kept']:,} rows of width {store.at(name).width:,} count; left out: {left_out}",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(
         f"\nThe activations are in {store.folder}. Next: sae train --out RUN --store {store.folder}"
         + (f" --hook-name {store.hook_names[0]}" if len(store.hook_names) > 1 else ""),

@@ -16,7 +16,7 @@ _PLAIN_EVERY_SECONDS = 15.0
 
 def stage(text: str) -> None:
     """Announce a stage."""
-    console.print(Text(text, style="bold"))
+    console.print(Text(text, style="bold"), soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
