@@ -47,9 +47,9 @@ def centring_has_effect(bridge: Any) -> bool:
 
     They do where everything reads the residual stream through a LayerNorm in front of it.
     """
-    adapter = bridge.adapter
-    reads_through_norm = adapter.supports_fold_ln and adapter.supports_center_writing_weights
-    return bool(reads_through_norm and bridge.cfg.normalization_type in ("LN", "LNPre"))
+    refused = ("supports_fold_ln", "supports_center_writing_weights")  # TransformerLens takes them as given
+    reads_through_norm = all(getattr(bridge.adapter, name, True) for name in refused)
+    return reads_through_norm and bridge.cfg.normalization_type in ("LN", "LNPre")
 
 
 def bridge_backend(bridge: Any, *, centred: bool = False) -> Backend:

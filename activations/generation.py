@@ -125,7 +125,8 @@ def write(
 ) -> Iterator[list[str]]:
     """Continue each prompt; yields the new text of every prompt after each step, whole characters only.
 
-    A row that has ended yields ``""``. Rows of unequal length are padded on the left, which changes nothing.
+    A row that has ended yields ``""``. Rows of unequal length are padded on the left, which changes nothing. A model
+    that returns no KV cache (a recurrent one) reads everything again at each step.
     """
     ids, mask = (t.to(device) for t in left_padded(prompts, tokenizer.separator_id))
     padded = not bool(mask.all())
@@ -141,7 +142,7 @@ def write(
             arguments |= {"attention_mask": mask, "position_ids": position_ids(mask)[:, -n_new:]}
         positions = token_positions(ids, mask, tokenizer.special_ids)[:, -n_new:]
         output = step(arguments, positions)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         chosen = sampling.choose(output.logits[:, -1], generators)
         texts = []
         for row, token_id in enumerate(chosen.tolist()):
@@ -153,9 +154,10 @@ def write(
         yield texts
         if not any(running):
             return
-        new_ids = chosen.to(device)[:, None]
-        ids = torch.cat([ids, new_ids], dim=1)
-        mask = torch.cat([mask, torch.ones_like(new_ids)], dim=1)
+        next_ids = chosen.to(device)[:, None]
+        ids = torch.cat([ids, next_ids], dim=1)
+        mask = torch.cat([mask, torch.ones_like(next_ids)], dim=1)
+        new_ids = ids if cache is None else next_ids
     rest = [decoder.finish() if row else "" for decoder, row in zip(decoders, running, strict=True)]
     if any(rest):
         yield rest

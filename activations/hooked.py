@@ -1,7 +1,7 @@
 """What every model here has, whether it reads text or pictures: weights, hooks, and two ways to run."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -107,18 +107,16 @@ class HookedModel:
     def bridge_shapes(self) -> dict[tuple[str, ...], tuple[int | str, ...]]:
         """What ``TransformerBridge`` offers: the names of each hook that fires, and the shape of what flows there.
 
-        Dimensions that are those of the input are ``"batch"``, ``"pos"`` or ``"batch * pos"``. Names in
-        TransformerLens' order. Runs the bridge on two small inputs.
+        Dimensions that are those of the input are ``"batch"``, ``"pos"`` or ``"batch * pos"``, others that depend on
+        it ``"?"``. Names in TransformerLens' order. Runs the bridge on two small inputs.
         """
         backend = self._bridge_backend
         names = list(backend.sites)
         sizes = [(1, 3), (2, 5)]
         probes = []
         for batch, pos in sizes:
-            arguments = self._probe(batch, pos)
-            probes.append(
-                backend.sites.capture_fired(lambda: backend.causal_lm(**arguments), names, batch)  # noqa: B023
-            )
+            forward = partial(backend.causal_lm, **self._probe(batch, pos))
+            probes.append(backend.sites.capture_fired(forward, names, batch))
         by_site: dict[int, list[str]] = {}
         for name in names:
             if name in probes[0]:
@@ -136,7 +134,7 @@ class HookedModel:
             tuple(pos for _, pos in sizes): "pos",
             tuple(batch * pos for batch, pos in sizes): "batch * pos",
         }
-        return meanings.get(pair, pair[0])
+        return meanings.get(pair, pair[0] if pair[0] == pair[1] else "?")
 
     def width(self, hook_name: str) -> int:
         """Size of the last dimension of what :meth:`capture` gives at ``hook_name``.
@@ -149,8 +147,8 @@ class HookedModel:
         if self._sites and hook_name in self._sites:
             return self.d_model if kind in STREAM_HOOKS else _in_features(self._sites[hook_name].module)
         backend = self._backend([hook_name], ())
-        arguments = self._probe(1, 2)
-        x = backend.sites.capture(lambda: backend.base_model(**arguments), [hook_name], 1)[hook_name]
+        forward = partial(backend.base_model, **self._probe(1, 2))
+        x = backend.sites.capture(forward, [hook_name], 1)[hook_name]
         if x.ndim != 3:
             raise InputError(
                 f"{hook_name} gives a tensor of {x.ndim} dimensions, not one vector for each token: choose a"

@@ -16,7 +16,6 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from activations.edits import Edit, EditScope, StreamEdit
@@ -146,8 +145,8 @@ class _ForwardPass:
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Mean over the width, ``[batch, pos, 1]``, summed in float32 at least."""
-    return x.mean(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    """Mean over the width, ``[batch, pos, 1]``."""
+    return x.mean(-1, keepdim=True)
 
 
 _current: ContextVar[_ForwardPass | None] = ContextVar("current_forward_pass", default=None)

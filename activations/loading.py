@@ -19,6 +19,7 @@ from activations.tokenizer import Tokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model", "*.tiktoken"]
 HUB_DEADLINE = 6.0
 """Seconds to wait for the hub to answer, before whatever is in the local cache is taken."""
 
@@ -161,25 +162,86 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         the Hugging Face model (evaluation mode; SDPA attention wherever transformers has it) and tokenizer.
 
     Raises:
-        InputError: a file is missing or cannot be read.
+        InputError: a file is missing or cannot be read, or this is no language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config = _read_config(folder)
+    if _is_masked_config(config):
+        auto_class: Any = AutoModelForMaskedLM
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto_class = AutoModelForCausalLM
+    else:
+        raise InputError(
+            f"{folder} holds a {config.model_type} model, which is no causal or masked language model (one that reads"
+            " pictures is loaded in Python, by VisionModel)."
+        )
+    tokenizer = _read_tokenizer(folder)
+    return _read_model(folder, auto_class, config, device, dtype), tokenizer
+
+
+def load_vision_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Read a model of pictures from a Hugging Face folder, with its classifier if it has one.
+
+    Arguments as for :func:`load_folder`; no tokenizer is needed.
+
+    Raises:
+        InputError: a file is missing or cannot be read, or the model reads no pictures.
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        AutoModel,
+        AutoModelForImageClassification,
+    )
+
+    config = _read_config(folder)
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise InputError(f"{folder} holds a {config.model_type} model, which reads no pictures.")
+    has_classifier = any("ImageClassification" in name for name in config.architectures or ())
+    auto_class = AutoModelForImageClassification if has_classifier else AutoModel
+    return _read_model(folder, auto_class, config, device, dtype)
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     _check_files(folder)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files fail in many ways, each with its own exception
-        raise InputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}.") from None
-    if not tokenizer.get_vocab():
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{folder} holds no tokenizer: save tokenizer.json and tokenizer_config.json beside the weights."
+            f"{folder} holds a model of type {model_type!r}, which this version of transformers does not know: update"
+            " transformers, or choose another model."
         )
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            auto_class: Any = AutoModelForMaskedLM if _is_masked_config(config) else AutoModelForCausalLM
-            loaded: Any = auto_class.from_pretrained(
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # configurations fail in many ways, each with its own exception
+        raise InputError(f"The model in {folder} cannot be read: {_first_line(error)}.") from None
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # so do tokenizers
+        if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+            raise InputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}.") from None
+        tokenizer = None
+    if tokenizer is None or not tokenizer.get_vocab():  # transformers makes an empty one of some classes
+        raise InputError(
+            f"{folder} holds no tokenizer: save tokenizer.json and tokenizer_config.json beside the weights."
+        )
+    return tokenizer
+
+
+def _read_model(
+    folder: Path, auto_class: Any, config: Any, device: torch.device, dtype: torch.dtype | None
+) -> Any:
+    try:
+        with quiet_transformers():
+            model, report = auto_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or "auto",
@@ -188,18 +250,17 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # so do configurations and weights
+    except Exception as error:  # so do weights
         raise InputError(f"The model in {folder} cannot be read: {_first_line(error)}.") from None
-    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
             f"The weights in {folder} do not belong to its config.json: {missing[0]} is missing"
             f" ({len(missing)} in all)."
         )
-    if getattr(model, "hf_quantizer", None) is None:  # a quantised model is where it was read to
+    if getattr(model, "hf_quantizer", None) is None:  # a quantised model stays where it was read to
         model = model.to(device)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _is_masked_config(config: Any) -> bool:

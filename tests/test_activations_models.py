@@ -1,5 +1,6 @@
 """Loading a model, its dimensions and hash, capturing, and one clear sentence for what cannot be."""
 
+import copy
 import json
 import shutil
 import socket
@@ -66,6 +67,7 @@ def test_a_local_folder(saved: Path) -> None:
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float32  # the checkpoint is float16, which is slow on a CPU
     assert LanguageModel.load(str(saved), dtype=torch.float16, device="cpu").dtype == torch.float16
+    assert LanguageModel.load(str(saved), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
     assert model.tokenizer.eos_ids == {0, 7}  # from generation_config.json
     assert model.hash == hash_files([saved / "model.safetensors"])
     ids = random_ids(1, 5)
@@ -331,7 +333,40 @@ def test_damaged_folders(folder: Path) -> None:
     assert refusal(folder).startswith(f"The tokenizer in {folder} cannot be read: ")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    assert "okenizer" in refusal(folder)
+    assert refusal(folder) == (
+        f"{folder} holds no tokenizer: save tokenizer.json and tokenizer_config.json beside the weights."
+    )
+
+
+def test_a_tokenizer_that_does_not_fit(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:300].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    sentence = (
+        "The tokenizer does not fit the model: its token ids go up to 319, and the model's embedding has 300"
+        " rows."
+    )
+    assert refusal(folder) == sentence
+    small = tiny_hf_model("llama")
+    small.resize_token_embeddings(300)
+    with pytest.raises(InputError) as error:
+        LanguageModel.from_hf(small, tiny_tokenizer(), "tiny")
+    assert str(error.value) == sentence
+
+
+def test_a_special_token_that_only_another_part_of_a_model_knows() -> None:
+    """Gemma 3's tokenizer has one for pictures, also beside its models of text, which have no row for it."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model = LanguageModel.from_hf(tiny_hf_model("llama"), tokenizer, "tiny")
+    with pytest.raises(InputError) as error:
+        model.logits(torch.tensor([[5, 320]]))
+    assert str(error.value) == (
+        "Token id 320 does not exist: the embedding of tiny has 320 rows, so take ids of this model's tokenizer."
+    )
 
 
 def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -> None:
@@ -346,12 +381,51 @@ def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -
         "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    assert "cannot be read: " in refusal(folder)
+    assert refusal(folder) == (
+        f"{folder} holds a model of type 'evil', which this version of transformers does not know: update transformers,"
+        " or choose another model."
+    )
     assert not trace.exists()
 
 
 def test_choices_that_do_not_exist(saved: Path) -> None:
+    assert refusal(saved, dtype="int4") == "dtype is 'int4'; it must be 'float32', 'bfloat16' or 'float16'."
     assert refusal(saved, path="fast") == "path is 'fast'; it must be 'auto', 'sdpa' or 'bridge'."
     assert refusal(saved, device="tpu9") == (
         "The device 'tpu9' is not available on this machine; 'cpu' always is."
     )
+
+
+def test_capturing_into_the_callers_tensors() -> None:
+    model = tiny_language_model("gpt2")
+    names = ["blocks.0.hook_mlp_out", "blocks.1.attn.hook_z", "blocks.1.hook_resid_post"]
+    ids = random_ids(2, 6)
+    plain = model.capture(ids, names)
+    store = torch.full((2, 6, 100), 7.0)
+    out = {names[0]: torch.empty(2, 6, 32, dtype=torch.float16), names[2]: store[..., 3:35]}
+    found = model.capture(ids, names, out=out)
+    assert found[names[0]] is out[names[0]]
+    assert torch.equal(out[names[0]], plain[names[0]].half())
+    assert torch.equal(store[..., 3:35], plain[names[2]])
+    assert bool((store[..., :3] == 7).all() and (store[..., 35:] == 7).all())
+    assert torch.equal(found[names[1]], plain[names[1]])
+    with pytest.raises(InputError) as error:
+        model.capture(ids, names, out={names[0]: torch.empty(2, 6, 31)})
+    assert str(error.value) == (
+        "The buffer for blocks.0.hook_mlp_out has shape (2, 6, 31); it must be (2, 6, 32), the shape of what flows"
+        " there."
+    )
+    with pytest.raises(InputError) as error:
+        model.capture(ids, names[1:], out=out)
+    assert str(error.value) == (
+        "out holds a buffer for blocks.0.hook_mlp_out, which is not among the hooks to capture."
+    )
+
+
+def test_the_device_is_chosen_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert loading.resolve_device(None).type == expected
+        chosen = loading.resolve_dtype(None, torch.device(expected))
+        assert chosen == (torch.float32 if expected == "cpu" else None)  # None: the checkpoint's own

@@ -123,15 +123,16 @@ def tiny_config(architecture: str) -> Any:
     return AutoConfig.for_model(model_type, **CONFIGS[architecture], **tokens)
 
 
-def tiny_hf_model(architecture: str, attention: str | None = None, seed: int = 0) -> Any:
+def tiny_hf_model(architecture: str, attention: str | None = None, seed: int = 0, config: Any = None) -> Any:
     """A random model whose every parameter, norm gains and biases too, differs from its initial value.
 
     ``attention`` is transformers' own choice by default: SDPA (eager for Gemma 2, whose capped scores SDPA lacks).
+    ``config`` is :func:`tiny_config` by default.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         auto_class = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
-        model = auto_class.from_config(tiny_config(architecture), attn_implementation=attention)
+        model = auto_class.from_config(config or tiny_config(architecture), attn_implementation=attention)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
