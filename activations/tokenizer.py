@@ -7,9 +7,11 @@ twice, and a token that holds a part of a UTF-8 character is shown as what it is
 import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
+
+import numpy as np
 
 from activations.errors import InputError
 
@@ -163,6 +165,59 @@ class Tokenizer:
         if self._backend is not None:
             return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         return [list(self._hf.encode(text, add_special_tokens=False)) for text in texts]
+
+    @property
+    def definition(self) -> str | None:
+        """JSON for ``tokenizers.Tokenizer.from_str``; None for a tokenizer that is written in Python."""
+        return None if self._backend is None else str(self._backend.to_str())
+
+    def encode_chats(
+        self, chats: Sequence[Sequence[Mapping[str, Any]]], roles: Sequence[str] = ()
+    ) -> list[tuple[list[int], np.ndarray | None]]:
+        """Token ids of each chat (messages of role and content), rendered through the model's chat template.
+
+        With ``roles``, also which tokens belong to messages of these roles (bool ``[n_tokens]``), what the template
+        puts around a message included. Where a span ends is found by rendering the messages up to there: their ids
+        must be the first of the whole chat's.
+
+        Raises:
+            InputError: the tokenizer has no chat template, or the template does not render a chat or its beginning.
+        """
+        if not self._hf.chat_template:
+            raise InputError(
+                "The model's tokenizer has no chat template: take an instruction-tuned model, or give a column of text."
+            )
+        all_ids = self.encode_batch([self._render(chat) for chat in chats])
+        if not roles:
+            return [(ids, None) for ids in all_ids]
+        return [(ids, self._counted(chat, ids, roles)) for chat, ids in zip(chats, all_ids, strict=True)]
+
+    def _counted(self, chat: Sequence[Mapping[str, Any]], ids: list[int], roles: Sequence[str]) -> np.ndarray:
+        counts = [message["role"] in roles for message in chat]
+        counted = np.zeros(len(ids), dtype=bool)
+        start = 0
+        for n, count in enumerate(counts, start=1):
+            if n < len(chat) and counts[n] == count:
+                continue
+            beginning = ids if n == len(chat) else self.encode(self._render(chat[:n]))
+            if len(beginning) < start or ids[: len(beginning)] != beginning:
+                raise InputError(
+                    f"The chat template writes the first {n} of {len(chat)} messages differently when others follow, so"
+                    " that tokens of a role cannot be told: leave roles out."
+                )
+            counted[start : len(beginning)] = count
+            start = len(beginning)
+        return counted
+
+    def _render(self, chat: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return str(self._hf.apply_chat_template(list(chat), tokenize=False))
+        except Exception as error:  # a template raises what it likes
+            found = " → ".join(str(message["role"]) for message in chat)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"The model's chat template does not render a chat of {found} ({reason}): leave such chats out."
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD."""

@@ -27,13 +27,13 @@ from activations.files import (
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.store import HookActivations
+from activations.strings import StringTable
 from features.examples import ExampleTable, quantile_bands, sampling_rank, strength_rank
 from features.firings import Firings, stream_firings
 from features.index import FeatureIndex
 from features.layout import KIND, LENS_TOKENS, NEIGHBOURS, PER_BAND, TOP_EXAMPLES, TOP_TOKENS
 from features.lens import decoder_neighbours, logit_lens
 from features.statistics import HISTOGRAM_EDGES, ActivationStatistics
-from features.strings import StringTable
 from features.token_counts import TokenCounts
 from sae.model import SparseAutoencoder, check_belongs
 

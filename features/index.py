@@ -15,10 +15,10 @@ import numpy as np
 from activations.blocks import PADDING, TokenBlocks
 from activations.errors import InputError
 from activations.files import read_manifest
+from activations.strings import StringTable
 from activations.tokenizer import byte_pieces
 from features.layout import ARRAYS, KIND, LENS_ARRAYS, N_BANDS, QUANTA, WINDOW, WINDOW_BEFORE
 from features.statistics import histogram_quantile
-from features.strings import StringTable
 
 _SHOWN_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _LONGEST_CHARACTER = 4

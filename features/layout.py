@@ -23,7 +23,7 @@ promoted_logit, suppressed_logit        float32 (these four are absent where the
 neighbour_id, neighbour_cosine          int32, float32 [d_sae, NEIGHBOURS]: nearest decoder rows
 ids                                     uint16 or int32 [n_blocks, context_length]: the text
 run_start, run_document                 int64, int32: runs of positions of one document; -1 is padding
-vocabulary, documents (and _offsets)    uint8, int64: see :class:`features.strings.StringTable`
+vocabulary, documents (and _offsets)    uint8, int64: see :class:`activations.strings.StringTable`
 ======================================  ==============================================================
 """
 

@@ -13,6 +13,7 @@ from activations import corpus as corpus_module
 from activations.blocks import PADDING, TokenBlocks
 from activations.corpus import Corpus, CorpusConfig, split_of
 from activations.errors import InputError
+from activations.sources import python as python_module
 
 SEPARATOR, BOS = 0, 300
 
@@ -22,6 +23,7 @@ class ByteTokenizer:
 
     separator_id = SEPARATOR
     vocab_size = 301
+    definition = None
 
     def __init__(self, bos_id: int | None = None, adds_bos: bool = False):
         self.bos_id, self.adds_bos = bos_id, adds_bos
@@ -158,7 +160,7 @@ def python_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (stdlib / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + body.encode())
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
     monkeypatch.syspath_prepend(packages)
-    monkeypatch.setattr(corpus_module, "TOOLKIT_PACKAGES", ("ours", "not_installed"))
+    monkeypatch.setattr(python_module, "TOOLKIT_PACKAGES", ("ours", "not_installed"))
     return stdlib
 
 
@@ -323,7 +325,7 @@ def test_blocks_are_saved_and_loaded(tmp_path: Path) -> None:
 def test_damaged_blocks_are_refused(tmp_path: Path) -> None:
     corpus = Corpus(CorpusConfig(text=(str(write_texts(tmp_path / "t", texts_of("train", 5))),)))
     corpus.blocks(ByteTokenizer(), "train", 100, 32).save(tmp_path / "blocks")
-    path = tmp_path / "blocks" / "tokens.safetensors"
+    path = tmp_path / "blocks" / "ids.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -375,25 +377,25 @@ def test_a_large_vocabulary_takes_int32(tmp_path: Path) -> None:
         (
             {"text": "{folder}/nothing"},
             "train",
-            'Corpus {folder}/nothing does not exist: give "python", or a file, folder or glob of .txt, .md,'
-            " .py, .jsonl files.",
+            'Corpus {folder}/nothing does not exist: give "python", a file, folder or glob of .txt, .md, .py, .jsonl,'
+            " .parquet files, or hf: and the name of a Hugging Face dataset.",
         ),
         (
             {"text": "{folder}/*.md"},
             "train",
-            "Corpus {folder}/*.md holds no .txt, .md, .py, .jsonl file: give a file, folder or glob that"
-            " does.",
+            "Corpus {folder}/*.md holds no .txt, .md, .py, .jsonl, .parquet file: give a file, folder or"
+            " glob that does.",
         ),
         (
             {"text": "{folder}/rows.jsonl_"},
             "train",
-            "Corpus file {folder}/rows.jsonl_ is not one of .txt, .md, .py, .jsonl: convert it to one of"
-            " these.",
+            "Corpus file {folder}/rows.jsonl_ is not one of .txt, .md, .py, .jsonl, .parquet, plain or"
+            " compressed (.gz, .bz2, .xz, .zst): convert it to one of these.",
         ),
         (
             {"text": "{folder}/rows/rows.jsonl", "column": "body"},
             "train",
-            "{folder}/rows/rows.jsonl line 1 has no text in column 'body': name the column that holds it"
+            "{folder}/rows/rows.jsonl line 1 has no column 'body': name the column that holds the text"
             " (there are: text, id).",
         ),
         (

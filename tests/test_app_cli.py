@@ -219,11 +219,12 @@ def test_bad_settings_get_one_sentence_and_leave_no_trace(tmp_path: Path, sae: C
         "k is 16, and must be at least 1 and less than the number of features, 16."
     )
     assert refused("--text", tmp_path / "missing") == (
-        f'Corpus {tmp_path / "missing"} does not exist: give "python", or a file, folder or glob of .txt, .md, .py,'
-        " .jsonl files."
+        f'Corpus {tmp_path / "missing"} does not exist: give "python", a file, folder or glob of .txt, .md, .py,'
+        " .jsonl, .parquet files, or hf: and the name of a Hugging Face dataset."
     )
     assert refused("--text", tmp_path / "empty") == (
-        f"Corpus {tmp_path / 'empty'} holds no .txt, .md, .py, .jsonl file: give a file, folder or glob that does."
+        f"Corpus {tmp_path / 'empty'} holds no .txt, .md, .py, .jsonl, .parquet file: give a file, folder or glob that"
+        " does."
     )
     assert refused("--text", few) == (
         f"The test split of corpus {str(few)!r} has {held_out(few)} documents, and metrics need at least 100:"

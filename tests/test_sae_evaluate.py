@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny_models import END_OF_TEXT, VOCABULARY, tiny_hf_model, tiny_tokenizer
 
-from activations.blocks import PADDING, Packer, TokenBlocks
+from activations.blocks import PADDING, TokenBlocks
 from activations.capture import single_threaded
 from activations.errors import InputError
 from activations.models import LanguageModel
+from activations.packing import Packer, TokenDocument
 from activations.replay import Replay
 from sae.architectures.base import Weights
 from sae.bootstrap import DocumentSums, Estimator, PartialSums
@@ -51,7 +52,7 @@ def make_blocks(packing="concatenated", n_documents=7, n_tokens=90, split="test"
     documents = []
     for i in range(n_documents):
         ids = rng.integers(1, VOCABULARY, size=3 + 20 * i // max(n_documents - 1, 1)).tolist()
-        documents.append((f"document {i}", ids))
+        documents.append(TokenDocument(f"document {i}", ids))
     packer = Packer(CONTEXT, END_OF_TEXT, None, VOCABULARY, split)
     return getattr(packer, packing)(documents, n_tokens)
 
@@ -386,7 +387,8 @@ def test_excluded_positions_pass_unchanged_in_every_variant(monkeypatch):
 def test_a_batch_without_text_adds_its_predictions_only():
     """Seventy empty documents fill the first four blocks, one batch, with separators."""
     packer = Packer(CONTEXT, END_OF_TEXT, None, VOCABULARY, "test")
-    documents = [(f"empty {i}", []) for i in range(70)] + [("text", list(range(1, 50)))]
+    documents = [TokenDocument(f"empty {i}", []) for i in range(70)]
+    documents.append(TokenDocument("text", list(range(1, 50))))
     blocks = packer.concatenated(documents, n_tokens=8 * CONTEXT)
     result = evaluate(model(), make_sae("relu"), blocks, reference=reference())
     assert (blocks.ids[:4] == END_OF_TEXT).all()

@@ -1,0 +1,117 @@
+"""A process that reads, parses and tokenises; it loads neither torch nor transformers.
+
+It is a fresh interpreter, not a fork, and runs nothing of the caller's main module. Messages are pickles through
+pipes: first the tokenizer's definition, then pieces in, ids and ends out.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from activations.errors import InputError
+from activations.sources.reading import Piece, read_pieces
+from activations.sources.rows import token_ids
+
+
+class WorkerProcess:
+    """A tokenising process, as its parent sees it."""
+
+    def __init__(self, definition: str):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "activations.token_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        self._send(definition)
+
+    def tokenise(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [n_tokens], ends int64 [n_documents]) of documents that are text or token ids.
+
+        Raises:
+            InputError: a file has changed, or the process was ended from outside.
+        """
+        try:
+            self._send([tuple(piece) for piece in pieces])
+            assert self._process.stdout is not None
+            answer = pickle.load(self._process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise InputError(
+                f"A tokenising process ended early (status {self._process.wait()}): free memory and run again."
+            ) from None
+        if isinstance(answer, str):
+            raise InputError(answer)
+        ids, ends = answer
+        return np.frombuffer(ids, dtype=np.int32), np.frombuffer(ends, dtype=np.int64)
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing; a call of :meth:`tokenise` in another thread raises."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Wait for the end of a killed process, and close its pipes."""
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # what was not yet sent
+                pipe.close()
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        pickle.dump(message, self._process.stdin)
+        self._process.stdin.flush()
+
+
+def flatten(ids: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents one after the other: (ids int64 or int32 [n_tokens], ends int64 [n_documents])."""
+    ends = np.cumsum([len(document) for document in ids], dtype=np.int64)
+    parts = [np.asarray(document, dtype=np.int64) for document in ids]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64), ends
+
+
+def main() -> None:
+    """Tokenise until the parent closes the pipe."""
+    from tokenizers import Tokenizer
+
+    messages, answers = sys.stdin.buffer, sys.stdout.buffer
+    encode = Tokenizer.from_str(pickle.load(messages)).encode_batch_fast
+    while True:
+        try:
+            pieces = [Piece(*piece) for piece in pickle.load(messages)]
+        except EOFError:
+            return
+        try:
+            values = read_pieces(pieces)
+            texts = [value for value, piece in zip(values, pieces, strict=True) if piece.content == "text"]
+            encoded = iter(encode(texts, add_special_tokens=False))
+            ids, ends = flatten(
+                [
+                    next(encoded).ids if piece.content == "text" else token_ids(value)
+                    for value, piece in zip(values, pieces, strict=True)
+                ]
+            )
+            too_large = len(ids) and max(int(ids.max()), -int(ids.min())) > np.iinfo(np.int32).max
+            answer: Any = (
+                "A token id does not fit 32 bits: give ids that were made with the model's tokenizer."
+                if too_large
+                else (ids.astype(np.int32).tobytes(), ends.tobytes())
+            )
+        except InputError as error:
+            answer = str(error)
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
