@@ -40,10 +40,13 @@ _ORDER_OF_BLOCKS, _ORDER_OF_ROWS = 0, 1
 class _Source(Protocol):
     """Gives the activations that count, batch of blocks by batch of blocks."""
 
-    ranges: Sequence[BlockRange]
     width: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def ranges(self) -> Sequence[BlockRange]:
+        """The batches of blocks."""
 
     def rows(self, ranges: Iterable[BlockRange]) -> Iterator[Tensor]:
         """Rows [n, width] of each range of blocks, in this order."""

@@ -4,7 +4,7 @@ This is the expensive part of an evaluation: one forward pass per batch of block
 behind the hook once more for each variant. What is summed and how figures come of it stands in :mod:`sae.evaluate`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class Variants:
     autoencoders: dict[str, Autoencoder]
     mean: Tensor
 
-    def batches(self) -> list[BlockRange]:
+    def batches(self) -> Sequence[BlockRange]:
         """Ranges of blocks that suit the device, their logits below 64 MB where that is possible."""
         block_bytes = self.blocks.context_length * self.model.d_vocab * 4
         size = max(
