@@ -1,8 +1,8 @@
 """Long inputs, chunk by chunk over the KV cache, in bounded memory.
 
 Every chunk attends to the keys and values of those before it, so the result is that of one pass. What is held at a
-time: the cache of the layers up to the last hook, which a sliding window keeps short, the attention mask
-``[chunk, pos so far]`` and the activations of one chunk.
+time: the cache of the layers up to the last hook, which a sliding window keeps short, the activations of one chunk and
+its attention mask ``[batch, chunk, pos so far]``, for whose sake chunks become shorter in very long texts.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,8 @@ from activations.edits import EditScope, is_left_padded, position_ids
 from activations.hooks import Backend, check_buffer
 
 CHUNK_TOKENS = 2048
+MASK_ENTRIES = 2**26
+"""Size of the attention mask of a chunk at most: 64 MB, and 256 MB where PyTorch needs it in float32."""
 LONG_INPUT = 8192
 """Number of positions above which a capture goes chunk by chunk by itself."""
 
@@ -45,7 +47,7 @@ def capture_in_chunks(
     scopes: Sequence[EditScope] = (),
     positions: Tensor | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What flows at ``hook_names`` when the model reads ``ids``, ``chunk_tokens`` positions at a time.
+    """What flows at ``hook_names`` when the model reads ``ids``, at most ``chunk_tokens`` positions at a time.
 
     Args:
         backend: serves the hooks; a model with a KV cache.
@@ -53,7 +55,7 @@ def capture_in_chunks(
         ids: ``[batch, pos]`` on the model's device.
         mask: ``[batch, pos]``, 0 at padding; None when there is none.
         hook_names: distinct names.
-        chunk_tokens: positions per chunk.
+        chunk_tokens: positions per chunk at most; fewer where the mask would exceed :data:`MASK_ENTRIES`.
         scopes: edits in force.
         positions: ``[batch, pos]`` as edits see them; needed with ``scopes``.
 
@@ -67,8 +69,10 @@ def capture_in_chunks(
     if mask is not None and not is_left_padded(mask):
         mask = None  # padding on the right is behind every real token, and causal attention never reads it
     places = position_ids(torch.ones_like(ids) if mask is None else mask)
-    for start in range(0, n_positions, chunk_tokens):
-        stop = min(start + chunk_tokens, n_positions)
+    start = 0
+    while start < n_positions:
+        fitting = MASK_ENTRIES // (batch * min(start + chunk_tokens, n_positions))
+        stop = min(start + max(1, min(chunk_tokens, fitting)), n_positions)
         # The forward pass ends after the last hook: the layers up to there have stored their keys and values by
         # then, and no other layer will ever be asked for its own.
         forward = partial(
@@ -81,6 +85,7 @@ def capture_in_chunks(
         )
         here = None if positions is None else positions[:, start:stop]
         yield start, backend.sites.capture(forward, hook_names, batch, scopes, here)
+        start = stop
 
 
 def joined(

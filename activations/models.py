@@ -242,11 +242,11 @@ class LanguageModel(HookedModel):
         chunk_tokens: int = CHUNK_TOKENS,
         attention_mask: Tensor | None = None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """As :meth:`capture`, ``chunk_tokens`` positions at a time over the KV cache: long texts in bounded memory.
+        """As :meth:`capture`, at most ``chunk_tokens`` positions at a time over the KV cache, in bounded memory.
 
         Held at a time are the keys and values of the layers up to the last hook, the activations of one chunk, and
-        its attention mask ``[chunk, pos so far]``. Edits active at the call hold for all chunks. What takes no more
-        than one chunk is read in one pass.
+        its attention mask, which is kept below 2^26 entries (``batch * chunk * pos so far``) by shorter chunks. Edits
+        active at the call hold for all chunks. What takes no more than one chunk is read in one pass.
 
         Yields:
             (first position of the chunk, {name: ``[batch, chunk, width]``}), in order.

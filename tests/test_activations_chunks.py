@@ -18,6 +18,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
+import activations.chunks
 from activations import models
 from activations.chunks import rotation_depends_on_length
 from activations.edits import Edit
@@ -89,6 +90,24 @@ def test_edits_see_absolute_positions_in_every_chunk(architecture: str) -> None:
     found = torch.cat([captured[hook] for _, captured in chunks], dim=1)
     torch.testing.assert_close(found, whole)
     assert not torch.allclose(whole, model.capture(ids, [hook])[hook], atol=0.01)
+
+
+def test_chunks_become_shorter_where_the_attention_mask_would_be_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, hook = tiny_language_model("llama"), "blocks.2.hook_resid_post"
+    whole = model.capture(IDS, [hook])[hook]
+    monkeypatch.setattr(
+        activations.chunks, "MASK_ENTRIES", 600
+    )  # of 3 rows: 200 for chunk x positions so far
+    chunks = list(model.capture_chunks(IDS, [hook], chunk_tokens=16))
+    lengths = [captured[hook].shape[1] for _, captured in chunks]
+    assert [start for start, _ in chunks] == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert lengths[0] == 12
+    assert all(
+        start + n <= 40 and 3 * n * (start + n) <= 600 for (start, _), n in zip(chunks, lengths, strict=True)
+    )
+    torch.testing.assert_close(torch.cat([captured[hook] for _, captured in chunks], dim=1), whole)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])

@@ -1,13 +1,18 @@
 """``sae info``: what a run holds, or which hooks a model has."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from activations.errors import InputError
 from app.cli.arguments import parse
+
+if TYPE_CHECKING:
+    from activations.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,12 @@ class Arguments:
     """A run folder."""
     model: str | None = None
     """A model: builtin, a local Hugging Face folder, or a hub name."""
+    device: str | None = None
+    """Where the model is loaded: cpu, cuda or mps; chosen by what there is."""
+    dtype: str | None = None
+    """Of the model's weights: float32, bfloat16 or float16; float32 on the CPU, else as they are stored."""
+    bridge: bool = True
+    """Whether to start TransformerBridge too, and list what it adds: a few seconds more."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,30 +37,88 @@ def main(arguments: Sequence[str]) -> None:
     if (given.run is None) == (given.model is None):
         raise InputError("sae info takes a run folder or --model NAME, one of the two.")
     if given.model is not None:
-        _describe_model(given.model)
+        _describe_model(given.model, given.device, given.dtype, given.bridge)
     elif given.run is not None:
         _describe_run(given.run)
 
 
-def _describe_model(name: str) -> None:
-    from activations.models import LanguageModel
+def _describe_model(name: str, device: str | None, dtype: str | None, with_bridge: bool) -> None:
+    from activations.models import NO_LIMIT, LanguageModel
     from app.cli.terminal import console, table
 
-    model = LanguageModel.load(name)
+    model = LanguageModel.load(name, device=device, dtype=dtype)
+    heads = f"{model.n_heads} heads" if model.n_heads else "no attention"
+    limit = (
+        "no limit of context"
+        if model.context_length == NO_LIMIT
+        else f"context {model.context_length:,} tokens"
+    )
     console.print(
-        f"{name}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} heads, vocabulary"
-        f" {model.d_vocab:,}, context {model.context_length:,} tokens, {model.dtype} on {model.device}\n",
+        f"{name}: {model.config.model_type}, {model.n_layers} layers, d_model {model.d_model}, {heads}, vocabulary"
+        f" {model.d_vocab:,}, {limit}, {model.dtype} on {model.device}\n",
         soft_wrap=True,
     )
-    sites: dict[str, tuple[int, int]] = {}
-    for hook, width in model.hook_widths().items():
-        site = ".".join(hook.split(".")[2:])
-        sites[site] = (width, sites.get(site, (0, 0))[1] + 1)
-    table(
-        ["hook_name", "width", "layers"],
-        [[f"blocks.L.{site}", str(width), f"0–{layers - 1}"] for site, (width, layers) in sites.items()],
-    )
-    console.print("\nEvery other TransformerLens hook is served through TransformerBridge, more slowly.")
+    widths = model.hook_widths()
+    if widths:
+        rows = _by_layer({hook: str(width) for hook, width in widths.items()})
+        console.print("Served by the SDPA path, at the speed of the model:\n")
+        table(["hook_name", "width", "layers"], rows)
+        if not with_bridge:
+            console.print(
+                "\nEvery other TransformerLens hook is served through TransformerBridge, more slowly."
+            )
+    else:
+        console.print(
+            f"The SDPA path does not serve {model.config.model_type} models: all hooks of this one are"
+            " TransformerBridge's.",
+            soft_wrap=True,
+        )
+    if with_bridge:
+        console.print()
+        _list_bridge_hooks(model, widths)
+
+
+def _list_bridge_hooks(model: "LanguageModel", on_sdpa_path: Iterable[str]) -> None:
+    """What the bridge serves and the SDPA path does not, with the shape where it is not one vector per token."""
+    from app.cli.terminal import console, table
+
+    served = set(on_sdpa_path)
+    try:
+        shapes = model.bridge_shapes()
+    except InputError as error:
+        if not served:
+            raise
+        console.print(f"No other hooks: {error}", soft_wrap=True)
+        return
+    described: dict[str, str] = {}
+    for aliases, shape in shapes.items():
+        vector = len(shape) == 3 and shape[:2] == ("batch", "pos")
+        text = str(shape[2]) if vector else f"[{', '.join(map(str, shape))}]"
+        described |= dict.fromkeys((name for name in aliases if not served & {*aliases}), text)
+    rows = _by_layer(described)
+    console.print("Served by TransformerBridge, more slowly:\n")
+    table(["hook_name", "width or shape", "layers"], rows)
+
+
+def _by_layer(described: Mapping[str, str]) -> list[list[str]]:
+    """Hooks that differ by their layer only, as one row: name with L for the layer, description, layers."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name, description in described.items():
+        match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
+        row = (f"{match[1]}.L.{match[3]}" if match else name, description)
+        layers.setdefault(row, []).extend([int(match[2])] if match else [])
+    return [[*row, _ranges(found)] for row, found in layers.items()]
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers in short: 0–2, 4."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _describe_run(path: Path) -> None:
