@@ -1,10 +1,10 @@
 """From a configuration to a store: the model, the token blocks of every split, the activations."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from activations.blocks import TokenBlocks
 from activations.config import CaptureConfig, ModelDtype
@@ -16,6 +16,7 @@ from activations.plan import Plan
 from activations.processes import ALONE, Processes
 from activations.progress import Progress, silent
 from activations.store import ActivationStore
+from activations.verify import captured_with
 from activations.writer import append_store, write_store
 
 LONGEST_CONTEXT = 1024  # tokens per sequence, unless asked for
@@ -64,6 +65,36 @@ def resolved_context_length(model: LanguageModel, asked: int | None) -> int:
             f"context_length is {asked}, and {model.name} reads at most {model.context_length} tokens."
         )
     return asked
+
+
+C = TypeVar("C")
+
+
+def decided(config: C, default: C, values: dict[str, Any], folder: Path) -> C:
+    """``config`` with the values that the store in ``folder`` decides.
+
+    Raises:
+        InputError: the configuration says something else (other than its default) about one of them.
+    """
+    for name, value in values.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(default, name)):
+            raise InputError(
+                f"{name} is {given!r}, and {folder} was captured with {value!r}: leave {name} out, or capture again."
+            )
+    return replace(config, **values)  # type: ignore[type-var]
+
+
+def appending(config: CaptureConfig, folder: Path) -> CaptureConfig:
+    """``config`` for more text in a store, which decides about everything but the text.
+
+    Raises:
+        InputError: as for :func:`decided` and :func:`activations.verify.captured_with`.
+    """
+    captured = captured_with(folder)
+    names = ("model", "hook_names", "context_length", "stored_as", "rule", "dtype", "center_writing_weights")
+    values = {name: getattr(captured, name) for name in names}
+    return decided(config, CaptureConfig(), values, folder)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ All of it is measured on the first 100,000 tokens and then stands: more text, mo
 place of a live stream change neither which positions count nor what an SAE starts from.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,35 +34,36 @@ class Statistics:
 
 
 def statistics_of(
-    rows: Iterable[tuple[Tensor, Tensor]], special_ids: Iterable[int], rule: ExclusionRule
+    rows: Iterable[tuple[Tensor, Tensor, Tensor]], special_ids: Iterable[int], rule: ExclusionRule
 ) -> Statistics:
     """Statistics of the first 100,000 tokens that are not special (or of all, where the rule keeps those).
 
     Args:
-        rows: (ids [n], activations [n, width]) in the order of the text; no more are taken than are needed.
+        rows: (ids [n], activations [n, width], their norms [n]) in the order of the text; no more are taken than
+            are needed.
 
     Raises:
         InputError: no token is left.
     """
     special = frozenset(special_ids) if rule.exclude_special else frozenset()
-    sample: list[Tensor] = []
+    sample: list[tuple[Tensor, Tensor]] = []
     missing = SAMPLE_TOKENS
-    for ids, x in rows:
+    for ids, x, sizes in rows:
         kept = is_text(ids.to(x.device), special)
-        sample.append(x if kept.all() else x[kept])
-        sample[-1] = sample[-1][:missing]
-        missing -= len(sample[-1])
+        if not kept.all():
+            x, sizes = x[kept], sizes[kept]
+        sample.append((x[:missing], sizes[:missing]))
+        missing -= len(sample[-1][0])
         if missing <= 0:
             break
     if missing == SAMPLE_TOKENS:
         raise InputError("The corpus holds special tokens only: give one that holds text.")
-    sizes: Sequence[Tensor] = [norms(x) for x in sample]
     max_norm = float("inf")
     if rule.outlier_factor is not None:
-        max_norm = rule.outlier_factor * float(torch.cat([size.cpu() for size in sizes]).median())
-    moments = Moments(sample[0].shape[-1])
-    for x, size in zip(sample, sizes, strict=True):
-        moments.add(x[size <= max_norm])
+        max_norm = rule.outlier_factor * float(torch.cat([sizes.cpu() for _, sizes in sample]).median())
+    moments = Moments(sample[0][0].shape[-1])
+    for x, sizes in sample:
+        moments.add(x[sizes <= max_norm])
     return Statistics(moments.mean, moments.scale, Exclusion(special, max_norm))
 
 
@@ -81,11 +82,15 @@ def measure_statistics(
     """
     with progress("measure", total=min(SAMPLE_TOKENS, blocks.n_tokens), unit="tokens") as step:
 
-        def rows() -> Iterable[tuple[Tensor, Tensor]]:
+        def rows() -> Iterable[tuple[Tensor, Tensor, Tensor]]:
             for start, activations in capture_blocks(model, blocks, [hook_name]):
                 x = activations[hook_name]
                 counts = counted_positions(blocks, start, start + len(x)).to(x.device)
-                yield blocks.ids_tensor(start, start + len(x)).to(x.device)[counts], x[counts]
+                yield (
+                    blocks.ids_tensor(start, start + len(x)).to(x.device)[counts],
+                    x[counts],
+                    norms(x[counts]),
+                )
                 step(int(counts.sum()))
 
         return statistics_of(rows(), model.tokenizer.special_ids, rule or ExclusionRule())

@@ -113,7 +113,9 @@ class ActivationStore:
         folder = Path(folder)
         manifest = read_manifest(folder, KIND)
         if "complete" not in manifest:
-            raise InputError(f"{folder} was captured by an older saescope in another layout: capture it again.")
+            raise InputError(
+                f"{folder} was captured by an older saescope in another layout: capture it again."
+            )
         if manifest["complete"]:
             if own_hash(manifest) != manifest.get("hash"):
                 raise InputError(f"{folder / MANIFEST} was changed since it was written: {_again(folder)}")
@@ -352,19 +354,19 @@ class HookActivations:
         counted = shard["counted"].bool() if "counted" in shard else torch.ones_like(text)
         return text, shard[f"norm/{self.hook_name}"] <= exclusion.max_norm, counted
 
-    def _text_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, activations) of the first capture's rows that may count, shard by shard."""
+    def _text_rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(ids, activations, norms) of the first capture's rows that may count, shard by shard."""
         first_capture = self.store.manifest["inputs"]["captured_blocks"][0]
         for number, start in enumerate(self.starts[:-1]):
             if self.store.shards[number].blocks[0] >= first_capture:
                 return
             shard = self.store.map(number)
             (rows,) = self._slices(int(start), int(self.starts[number + 1]))
+            found = shard["ids"], rows, shard[f"norm/{self.hook_name}"]
             if "counted" in shard:
                 counted = shard["counted"].bool()
-                yield shard["ids"][counted], rows[counted]
-            else:
-                yield shard["ids"], rows
+                found = found[0][counted], found[1][counted], found[2][counted]
+            yield found
 
 
 def own_hash(manifest: dict[str, Any]) -> str:

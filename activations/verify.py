@@ -124,7 +124,7 @@ def repair_store(
         writer = Writer(model, tokens.pop("train"), plan, folder)
         writer.begin(tokens)
         numbers = writer.missing()
-        with progress("capture", total=writer.tokens_in(set(numbers)), unit="tokens") as step:
+        with progress("capture", total=writer.tokens_in(numbers), unit="tokens") as step:
             captured = writer.capture(numbers, step)
         writer.finish()
     old = {shard.file: shard.sha256 for shard in listed} | (before["files"] if before else {})

@@ -8,7 +8,7 @@ Several processes share the work by shards (``torchrun``): what a shard holds de
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,10 +162,9 @@ def _write(
         if processes.rank == 0:
             writer.begin(others)
         processes.wait()
-        numbers = writer.missing()
-        with progress("capture", total=blocks.n_tokens, unit="tokens") as step:
-            step(writer.tokens_in(set(range(len(plan.shards))) - set(numbers)))
-            writer.capture(numbers[processes.rank :: processes.size], step, processes)
+        mine = writer.missing()[processes.rank :: processes.size]
+        with progress("capture", total=writer.tokens_in(mine), unit="tokens") as step:
+            writer.capture(mine, step, processes)
         processes.wait()
         if processes.rank == 0:
             writer.finish()
@@ -232,7 +231,7 @@ class Writer:
         there = {shard.number for shard in read_shards(self.folder / SHARDS_FILE)}
         return [number for number in range(len(self.plan.shards)) if number not in there]
 
-    def tokens_in(self, numbers: set[int]) -> int:
+    def tokens_in(self, numbers: Iterable[int]) -> int:
         """How many tokens these shards hold."""
         shards = (self.blocks.documents[slice(*self.plan.shards[number])] for number in numbers)
         return sum(int((documents != PADDING).sum()) for documents in shards)

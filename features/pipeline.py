@@ -17,7 +17,7 @@ from activations.corpus import Corpus, Split
 from activations.errors import InputError
 from activations.exclusion import Exclusion
 from activations.files import FORMAT_VERSION, MANIFEST, is_finished, read_json, write_json
-from activations.job import load_model, resolved_context_length
+from activations.job import decided, load_model, resolved_context_length
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.statistics import measure_statistics
@@ -371,7 +371,7 @@ class Pipeline:
 def _as_captured(config: TrainConfig, store: ActivationStore) -> TrainConfig:
     """The configuration with everything that the store decides, which it may not contradict."""
     captured, default = captured_with(store.folder), TrainConfig()
-    decided: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model": captured.model,
         "corpus": captured.corpus,
         "context_length": store.blocks.context_length,
@@ -380,15 +380,8 @@ def _as_captured(config: TrainConfig, store: ActivationStore) -> TrainConfig:
         "center_writing_weights": captured.center_writing_weights,
     }
     if config.hook_name == default.hook_name and len(store.hook_names) == 1:
-        decided["hook_name"] = store.hook_names[0]
-    for name, value in decided.items():
-        given = getattr(config, name)
-        if given not in (value, getattr(default, name)):
-            raise InputError(
-                f"{name} is {given!r}, and {store.folder} was captured with {value!r}: leave {name} out, or capture"
-                " again."
-            )
-    return replace(config, **decided)
+        values["hook_name"] = store.hook_names[0]
+    return decided(config, default, values, store.folder)
 
 
 def _as_inputs(config: TrainConfig) -> dict[str, Any]:

@@ -80,27 +80,30 @@ def test_exclusion_leaves_out_special_tokens_and_outliers() -> None:
     ids = torch.tensor([0, 1, 2, 3, 4])
     x = torch.tensor([1.0, 2.0, 3.0, 29.0, 31.0])[:, None] * torch.tensor([0.6, 0.8])
     # Norms of tokens that are not special: 2, 3, 29, 31; torch's median is the lower of the middle two, 3.
-    found = statistics_of([(ids, x)], {0}, ExclusionRule())
+    found = statistics_of([(ids, x, x.norm(dim=-1))], {0}, ExclusionRule())
     assert found.exclusion.max_norm == pytest.approx(30.0)
     assert found.exclusion.kept(ids, x).tolist() == [False, True, True, True, False]
     torch.testing.assert_close(found.mean, x[1:4].mean(0))
-    everything = statistics_of([(ids, x)], {0}, ExclusionRule(exclude_special=False, outlier_factor=None))
+    everything = statistics_of(
+        [(ids, x, x.norm(dim=-1))], {0}, ExclusionRule(exclude_special=False, outlier_factor=None)
+    )
     assert everything.exclusion.kept(ids, x).all()
     torch.testing.assert_close(everything.mean, x.mean(0))
     with pytest.raises(InputError) as error:
-        statistics_of([(ids, x)], range(5), ExclusionRule())
+        statistics_of([(ids, x, x.norm(dim=-1))], range(5), ExclusionRule())
     assert str(error.value) == "The corpus holds special tokens only: give one that holds text."
 
 
 def test_statistics_are_those_of_the_first_hundred_thousand_tokens() -> None:
     taken = []
 
-    def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for number in range(10):
             taken.append(number)
             ids = torch.ones(60_000, dtype=torch.int64)
             ids[::2] = number % 2  # every other token of the even batches is special
-            yield ids, torch.full((60_000, 1), 1.0 + number)
+            x = torch.full((60_000, 1), 1.0 + number)
+            yield ids, x, x[:, 0]
 
     found = statistics_of(rows(), {0}, ExclusionRule())
     # 30,000 of value 1, 60,000 of value 2 and 10,000 of value 3
@@ -115,7 +118,8 @@ def test_measuring_a_model_equals_measuring_its_activations(model: LanguageModel
     blocks = make_blocks(22, padded=6)
     x = torch.cat([activations[HOOK] for _, activations in capture_blocks(model, blocks, [HOOK])])
     counts = counted_positions(blocks, 0, 22)
-    expected = statistics_of([(blocks.ids_tensor(0, 22)[counts], x[counts])], {0}, ExclusionRule())
+    rows = blocks.ids_tensor(0, 22)[counts], x[counts], x[counts].norm(dim=-1)
+    expected = statistics_of([rows], {0}, ExclusionRule())
     found = measure_statistics(model, blocks, HOOK)
     assert found.exclusion == expected.exclusion
     assert found.scale == pytest.approx(expected.scale)

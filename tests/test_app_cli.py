@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,46 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command import Command, environment, tree
 
-from app.cli import VERBS, main
+from app.cli import VERBS
 from features.labels import Labels
 from features.run import open_run
-
-ROOT = Path(__file__).parents[1]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with the hash of its content."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-class Command:
-    """Types ``sae ...`` inside this process and keeps what it printed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str | Path, status: int = 0) -> str:
-        self.monkeypatch.setattr(sys, "argv", ["sae", *map(str, words)])
-        found = 0
-        try:
-            main()
-        except SystemExit as stop:
-            found = int(stop.code or 0)
-        output = self.capsys.readouterr()
-        assert found == status, output.err
-        return output.err if status else output.out
-
-    def refused(self, *words: str | Path) -> str:
-        """The sentence after ``sae: ``."""
-        printed = self(*words, status=2)
-        assert printed.startswith("sae: ")
-        assert printed.count("\n") == 1
-        return printed.removeprefix("sae: ").rstrip("\n")
 
 
 @pytest.fixture
@@ -66,11 +30,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "demo", done.stdout
-
-
-def environment() -> dict[str, str]:
-    """Without the terminal's width, and with the checkout's packages."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
 
 
 def test_demo_says_what_a_newcomer_needs(demo: tuple[Path, str]) -> None:

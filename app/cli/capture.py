@@ -37,15 +37,16 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "capture", arguments)
-    from activations.job import CaptureJob
+    from activations.job import CaptureJob, appending
     from activations.processes import started_processes
     from activations.progress import silent
     from app.cli.terminal import progress
 
     processes = started_processes()
-    job = CaptureJob.prepare(given.capture)
+    config = appending(given.capture, given.out) if given.append else given.capture
+    job = CaptureJob.prepare(config)
     if processes.rank == 0:
-        _announce(job, given.out)
+        _announce(job, given.out, given.append)
     if given.dry_run:
         return
     shown = progress if processes.rank == 0 else silent
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         _conclude(store)
 
 
-def _announce(job: "CaptureJob", folder: Path) -> None:
+def _announce(job: "CaptureJob", folder: Path, append: bool) -> None:
     """What will be captured, and what room that takes."""
     from app.cli.terminal import console, stage
 
@@ -62,9 +63,10 @@ def _announce(job: "CaptureJob", folder: Path) -> None:
     stage(
         f"Capturing {job.blocks.n_tokens:,} tokens at {hooks} of {job.model.name} as {job.config.stored_as}"
     )
+    more = "more " if append else ""
     needed, free = job.bytes_needed / 1e6, job.bytes_free(folder) / 1e6
     console.print(
-        f"  {folder} will take {needed:,.0f} MB of the {free:,.0f} MB that are free;"
+        f"  {folder} will take {needed:,.1f} MB {more}of the {free:,.0f} MB that are free;"
         f" sequences of {job.blocks.context_length} tokens, {job.blocks.packing}",
         soft_wrap=True,
     )
