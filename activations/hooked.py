@@ -1,5 +1,6 @@
 """What every model here has, whether it reads text or pictures: weights, hooks, and two ways to run."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from hashlib import sha256
@@ -20,7 +21,7 @@ from activations.hooks import Backend, HookSites, missing_hook
 RunPath = Literal["auto", "sdpa", "bridge"]
 
 
-class HookedModel:
+class HookedModel(ABC):
     """A Hugging Face model whose activations bear TransformerLens' names: the base of the public classes.
 
     Attributes:
@@ -169,9 +170,9 @@ class HookedModel:
             return self._architecture.pre_layer_norm
         return centring_has_effect(self._started_bridge())
 
+    @abstractmethod
     def _probe(self, batch: int, pos: int) -> dict[str, Any]:
         """Arguments of a forward pass over a small input, of ``pos`` tokens where there are tokens."""
-        raise NotImplementedError
 
     def _backend(self, hook_names: Iterable[str], scopes: Sequence[EditScope]) -> Backend:
         """The way to run the model that serves all these hooks."""

@@ -18,6 +18,7 @@ from tiny_models import (
 )
 
 from activations.edits import Edit
+from activations.errors import InputError
 from activations.models import LanguageModel
 
 
@@ -289,3 +290,13 @@ def test_existing_bridge() -> None:
     assert model.generate(
         ["def ", "import os"], temperature=0, max_new_tokens=8, bos=False
     ) == plain.generate(["def ", "import os"], temperature=0, max_new_tokens=8)
+
+
+def test_a_bridge_without_tokenizer_is_refused() -> None:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    hf_model = tiny_hf_model("llama", "eager")
+    bridge = build_bridge_from_module(hf_model, "LlamaForCausalLM", hf_config=hf_model.config)
+    with pytest.raises(InputError) as error:
+        LanguageModel.from_bridge(bridge)
+    assert str(error.value) == ("The TransformerBridge has no tokenizer: give it one before it is wrapped.")

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(Arguments, "info", arguments)
     if (given.run is None) == (given.model is None):
         raise InputError("sae info takes a run folder or --model NAME, one of the two.")
+    if given.run is not None and (given.device or given.dtype or not given.bridge):
+        raise InputError("--device, --dtype and --no-bridge go with --model, not with a run folder.")
     if given.model is not None:
         _describe_model(given.model, given.device, given.dtype, given.bridge)
     elif given.run is not None:
@@ -64,9 +66,7 @@ def _describe_model(name: str, device: str | None, dtype: str | None, with_bridg
         console.print("Served by the SDPA path, at the speed of the model:\n")
         table(["hook_name", "width", "layers"], rows)
         if not with_bridge:
-            console.print(
-                "\nEvery other TransformerLens hook is served through TransformerBridge, more slowly."
-            )
+            console.print("\nTransformerBridge serves every other hook of TransformerLens, more slowly.")
     else:
         console.print(
             f"The SDPA path does not serve {model.config.model_type} models: all hooks of this one are"
@@ -94,7 +94,7 @@ def _list_bridge_hooks(model: "LanguageModel", on_sdpa_path: Iterable[str]) -> N
     for aliases, shape in shapes.items():
         vector = len(shape) == 3 and shape[:2] == ("batch", "pos")
         text = str(shape[2]) if vector else f"[{', '.join(map(str, shape))}]"
-        described |= dict.fromkeys((name for name in aliases if not served & {*aliases}), text)
+        described |= dict.fromkeys((name for name in aliases if name not in served), text)
     rows = _by_layer(described)
     console.print("Served by TransformerBridge, more slowly:\n")
     table(["hook_name", "width or shape", "layers"], rows)
