@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from activations.errors import InputError
 from activations.files import hash_json
+from activations.sources.splits import SPLITS, split_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,8 @@ class CorpusConfig:
             raise InputError(
                 f"Packing {self.packing!r} does not exist: it is one of {', '.join(get_args(Packing))}."
             )
+        if isinstance(self.text, str):
+            raise InputError(f"text is a tuple of sources: give ({self.text!r},).")
         if not self.text:
             raise InputError('A corpus needs at least one source of text, for example "python".')
         if self.weights and len(self.weights) != len(self.text):
@@ -96,8 +99,7 @@ class Document:
 
 def split_of(key: str) -> Split:
     """The split that the document with this key belongs to."""
-    remainder = int(hashlib.sha1(key.encode()).hexdigest(), 16) % 50
-    return "test" if remainder == 0 else "score" if remainder < 5 else "train"
+    return get_args(Split)[split_number(hashlib.sha1(key.encode()).digest())]
 
 
 @dataclass
@@ -200,7 +202,7 @@ class Corpus:
         self._n_parts = 1
         while True:
             found = self._documents
-            n_documents = len(self._order(found, split))
+            n_documents = found.count(SPLITS.index(split))
             if n_documents >= (TEST_DOCUMENTS if split == "test" else 1):
                 _check_size(split, n_tokens)
                 blocks, ran_out = self._packed(found, tokenizer, split, n_tokens, context_length)
@@ -264,11 +266,12 @@ class Corpus:
         ]
 
     def _order(self, found: "Documents", split: Split, source: int | None = None) -> "np.ndarray":
-        return found.order(get_args(Split).index(_known(split)), self.config.shuffle_seed, source)
+        return found.order(SPLITS.index(split), self.config.shuffle_seed, source)
 
     def _check(self, tokenizer: "Tokenizer", split: Split) -> None:
         config = self.config
-        _known(split)
+        if split not in SPLITS:
+            raise InputError(f"There is no split {split!r}: it is one of {', '.join(SPLITS)}.")
         if config.bos and tokenizer.bos_id is None:
             raise InputError("bos is on, but the tokenizer has no beginning-of-text token: leave bos off.")
         if config.roles and all(spec.content != "messages" for spec in self._specs):
@@ -327,12 +330,6 @@ class Corpus:
         return {
             n: StreamedDataset(spec) for n, spec in enumerate(self._specs) if spec.location.startswith(HUB)
         }
-
-
-def _known(split: Split) -> Split:
-    if split not in get_args(Split):
-        raise InputError(f"There is no split {split!r}: it is one of {', '.join(get_args(Split))}.")
-    return split
 
 
 def _check_size(split: Split, n_tokens: int) -> None:

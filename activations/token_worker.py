@@ -6,6 +6,7 @@ pipes: first the tokenizer's definition, then pieces in, ids and ends out.
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class WorkerProcess:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "PYTHONSAFEPATH": "1",  # nothing in the current folder stands in for a module
             "TOKENIZERS_PARALLELISM": "false",
         }
         self._process = subprocess.Popen(
@@ -84,6 +86,7 @@ def main() -> None:
     """Tokenise until the parent closes the pipe."""
     from tokenizers import Tokenizer
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     messages, answers = sys.stdin.buffer, sys.stdout.buffer
     encode = Tokenizer.from_str(pickle.load(messages)).encode_batch_fast
     while True:

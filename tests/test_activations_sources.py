@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -375,6 +376,11 @@ def test_a_hub_out_of_reach_is_one_sentence_within_ten_seconds(
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(hub, "HUB_SECONDS", 1)
+    if known:  # the revision is, from an earlier call, and nothing of the text
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(sha="0123abcd")
+        )
+        assert Corpus(CorpusConfig(("hf:org/name",))).hash
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     began = time.monotonic()
     reason = "no answer within 1 seconds" if hangs else "Name or service not known"
@@ -394,7 +400,7 @@ def test_the_revision_of_a_dataset_is_found_out_once(
 
     def info(self: object, name: str, *, revision: str | None, timeout: float) -> Any:
         asked.append((name, revision))
-        return type("Info", (), {"sha": "0123abcd"})()
+        return SimpleNamespace(sha="0123abcd")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
     source = "hf:org/name?config=en&revision=v1"

@@ -24,8 +24,9 @@ from activations.sources.hub import StreamedDataset, saved_rows
 from activations.sources.parquet import parquet_rows
 from activations.sources.python import python_files
 from activations.sources.reading import Form, Piece
-from activations.sources.rows import ROW, LeftOut, decode_text, index_jsonl, parse_line, split_number
+from activations.sources.rows import ROW, LeftOut, decode_text, index_jsonl, parse_line
 from activations.sources.spec import Content, SourceSpec
+from activations.sources.splits import split_number
 from activations.strings import StringCollector, StringTable
 
 DOCUMENT = np.dtype([*ROW.descr, ("group", "<i4"), ("file", "<i4"), ("fills_up", "i1")])
@@ -75,6 +76,10 @@ class Documents(NamedTuple):
         shuffled = np.frombuffer(order, dtype=np.int64)
         fills_up = self.table["fills_up"][shuffled].astype(bool)
         return np.concatenate([shuffled[~fills_up], shuffled[fills_up]])
+
+    def count(self, split: int) -> int:
+        """How many documents a split has."""
+        return int((self.table["split"] == split).sum())
 
     def name(self, place: int) -> str:
         """Short and readable: "asyncio/tasks.py", "news.jsonl:12"."""

@@ -92,20 +92,22 @@ class StreamedDataset:
         path = self.folder / SOURCE_FILE
         if path.is_file():
             return str(read_json(path)["revision"])
-        from huggingface_hub import HfApi
-
-        def ask() -> str:
-            return str(
-                HfApi().dataset_info(self.name, revision=self.spec.revision, timeout=HUB_SECONDS - 1).sha
-            )
-
-        try:
-            revision = _within(HUB_SECONDS, ask)
-        except Exception as error:
-            raise self._refusal(error) from None
+        revision = self._ask_hub(self.spec.revision)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"source": self.spec.given, "revision": revision})
         return revision
+
+    def _ask_hub(self, revision: str | None) -> str:
+        """The commit that a revision (None: the newest) is now; refused within seconds where there is no answer."""
+        from huggingface_hub import HfApi
+
+        def ask() -> str:
+            return str(HfApi().dataset_info(self.name, revision=revision, timeout=HUB_SECONDS - 1).sha)
+
+        try:
+            return _within(HUB_SECONDS, ask)
+        except Exception as error:
+            raise self._refusal(error) from None
 
     def _write_part(self, folder: Path) -> None:
         before: dict[str, Any] = self._parts[-1].facts if self._parts else {"n_rows": 0, "next": None}
@@ -145,7 +147,8 @@ class StreamedDataset:
         import datasets
 
         spec = self.spec
-        revision = None if self._is_local else self.revision
+        # Opening a stream tries again for half a minute: ask first.
+        revision = None if self._is_local else self._ask_hub(self.revision)
         try:
             stream = datasets.load_dataset(
                 self.name, spec.config, split=self._split, revision=revision, streaming=True

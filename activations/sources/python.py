@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from activations.errors import InputError
-from activations.sources.rows import LeftOut, decode_text, split_number
+from activations.sources.rows import LeftOut, decode_text
+from activations.sources.splits import SPLITS, split_number
 
 MIN_BYTES, MAX_BYTES, MAX_LINE = 400, 400_000, 400
 """Bounds on a Python source: shorter files say little, larger ones and long lines are mostly data."""
@@ -34,7 +35,6 @@ _GENERATED = re.compile(
     r"\bauto(matically|-)? ?generated|generated (from|by|on)\b|do not edit", re.IGNORECASE
 )
 _HEAD_CHARACTERS = 500
-_TEST = 2  # place of "test" among the splits
 
 
 class PythonFile(NamedTuple):
@@ -95,7 +95,7 @@ def _files(
             if not file.endswith(".py"):
                 continue
             split = split_number(hashlib.sha1(file.encode()).digest())
-            if fills_up and split != _TEST:
+            if fills_up and SPLITS[split] != "test":
                 continue
             path = Path(folder, file)
             try:

@@ -12,6 +12,7 @@ import numpy as np
 
 from activations.errors import InputError
 from activations.sources.spec import Content
+from activations.sources.splits import split_number
 
 ROW = np.dtype(
     [
@@ -25,8 +26,6 @@ ROW = np.dtype(
 )
 """row: counted from 1, 0 for a whole file; start: first byte in the file (of its frame, in a copy); inner: first byte
 in the frame; length: bytes; digest: 64 bits of the content's sha1; split: place in ``SPLITS``."""
-
-SPLITS = ("train", "score", "test")
 
 _ROW = struct.Struct("<qqiqQb")
 
@@ -52,12 +51,6 @@ class RowIndex:
     def rows(self) -> np.ndarray:
         """The documents as an array of ``ROW``."""
         return np.frombuffer(self._packed, dtype=ROW)
-
-
-def split_number(sha1: bytes) -> int:
-    """Place in ``SPLITS`` of the document whose key has this sha1: its number modulo 50 is 0 for test, 1–4 score."""
-    remainder = int.from_bytes(sha1, "big") % 50
-    return 2 if remainder == 0 else 1 if remainder < 5 else 0
 
 
 def row_key(row: Any, content: Content, column: str, place: str) -> bytes:
