@@ -19,7 +19,7 @@ from activations.ordered import CHUNK, ExactReader, RowReader, RowSource
 from activations.progress import Progress, silent
 from activations.shuffled import MEMORY_BYTES, ShuffledReader
 
-_WINDOW_BYTES = 1 << 24
+_WINDOW_BYTES, _WINDOW_POSITIONS = 1 << 25, 1 << 16
 _READERS = 2
 
 
@@ -197,7 +197,8 @@ def _read_ahead(reader: RowReader, kept: np.ndarray, position: int, free: list[T
     The caller puts the records that it is done with into ``free``: fresh memory costs more than filling it.
     """
     n_rows = reader.source.n_rows
-    size = max(1, _WINDOW_BYTES // (CHUNK * reader.format.row_bytes)) * CHUNK
+    size = min(_WINDOW_BYTES // reader.format.row_bytes, _WINDOW_POSITIONS)
+    size = max(1, size // CHUNK) * CHUNK
 
     def ranges() -> Iterator[tuple[int, int, int]]:
         epoch, start = divmod(position, n_rows)

@@ -92,6 +92,7 @@ def memory_of(job: dict[str, Any]) -> dict[str, Any]:
     with PeakMemory() as memory:
         held = write_store(model, blocks, ["blocks.0.hook_resid_post"], folder / "store").at()
     peaks["capture to store"] = memory.highest
+    del blocks
     n_tokens = held.n_rows
     for order in ("exact", "external"):
         with PeakMemory() as memory:
