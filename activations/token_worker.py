@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 from activations.errors import InputError
 from activations.sources.reading import Piece, read_pieces
 from activations.sources.rows import token_ids
+
+ENCODED_AT_ONCE = 500_000  # characters
 
 
 class WorkerProcess:
@@ -75,11 +77,23 @@ class WorkerProcess:
         self._process.stdin.flush()
 
 
-def flatten(ids: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Documents one after the other: (ids int64 or int32 [n_tokens], ends int64 [n_documents])."""
+def encoded(
+    texts: Sequence[str], encode_batch: Callable[[list[str]], Iterable[Sequence[int]]]
+) -> Iterator[np.ndarray]:
+    """Token ids of each text as int32; half a megabyte at once, since lists of ids take ten times the text's memory."""
+    begun, size = 0, 0
+    for place, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= ENCODED_AT_ONCE or place == len(texts):
+            for ids in encode_batch(list(texts[begun:place])):
+                yield np.array(ids, dtype=np.int32)
+            begun, size = place, 0
+
+
+def flatten(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents one after the other: (ids [n_tokens], ends int64 [n_documents])."""
     ends = np.cumsum([len(document) for document in ids], dtype=np.int64)
-    parts = [np.asarray(document, dtype=np.int64) for document in ids]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64), ends
+    return np.concatenate(ids), ends
 
 
 def main() -> None:
@@ -88,7 +102,11 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     messages, answers = sys.stdin.buffer, sys.stdout.buffer
-    encode = Tokenizer.from_str(pickle.load(messages)).encode_batch_fast
+    encode_batch = Tokenizer.from_str(pickle.load(messages)).encode_batch_fast
+
+    def ids_of(texts: list[str]) -> Iterator[list[int]]:
+        return (encoding.ids for encoding in encode_batch(texts, add_special_tokens=False))
+
     while True:
         try:
             pieces = [Piece(*piece) for piece in pickle.load(messages)]
@@ -97,10 +115,10 @@ def main() -> None:
         try:
             values = read_pieces(pieces)
             texts = [value for value, piece in zip(values, pieces, strict=True) if piece.content == "text"]
-            encoded = iter(encode(texts, add_special_tokens=False))
+            from_text = encoded(texts, ids_of)
             ids, ends = flatten(
                 [
-                    next(encoded).ids if piece.content == "text" else token_ids(value)
+                    next(from_text) if piece.content == "text" else token_ids(value)
                     for value, piece in zip(values, pieces, strict=True)
                 ]
             )

@@ -20,12 +20,12 @@ from activations.errors import InputError
 from activations.sources.documents import Documents
 from activations.sources.reading import Piece, read_pieces
 from activations.sources.rows import token_ids
-from activations.token_worker import WorkerProcess, flatten
+from activations.token_worker import WorkerProcess, encoded, flatten
 
 if TYPE_CHECKING:
     from activations.tokenizer import Tokenizer
 
-FIRST_BATCH_BYTES, BATCH_BYTES = 500_000, 4_000_000
+FIRST_BATCH_BYTES, BATCH_BYTES = 500_000, 2_000_000
 """A batch closes when its documents reach this size; batches double from the first size to the second."""
 
 PARALLEL_BYTES = 16_000_000
@@ -155,19 +155,20 @@ class Tokenising:
     def _here(self, pieces: list[Piece]) -> TokenBatch:
         """Tokenise in this process."""
         values = read_pieces(pieces)
-        ids: list[Sequence[int] | np.ndarray] = [()] * len(pieces)
-        counted: list[np.ndarray | None] = [None] * len(pieces)
-        texts = [n for n, piece in enumerate(pieces) if piece.content == "text"]
-        for n, found in zip(texts, self._tokenizer.encode_batch([values[n] for n in texts]), strict=True):
-            ids[n] = found
+        places: dict[str, list[int]] = {"text": [], "tokens": [], "messages": []}
         for n, piece in enumerate(pieces):
-            if piece.content == "tokens":
-                ids[n] = token_ids(values[n])
-        chats = [n for n, piece in enumerate(pieces) if piece.content == "messages"]
-        if chats:
-            rendered = self._tokenizer.encode_chats([values[n] for n in chats], self._roles)
-            for n, (found, roles_counted) in zip(chats, rendered, strict=True):
-                ids[n], counted[n] = found, roles_counted
+            places[piece.content].append(n)
+        ids = [np.zeros(0, np.int32)] * len(pieces)
+        counted: list[np.ndarray | None] = [None] * len(pieces)
+        texts = [values[n] for n in places["text"]]
+        for n, text_ids in zip(places["text"], encoded(texts, self._tokenizer.encode_batch), strict=True):
+            ids[n] = text_ids
+        for n in places["tokens"]:
+            ids[n] = token_ids(values[n])
+        if chats := [values[n] for n in places["messages"]]:
+            rendered = self._tokenizer.encode_chats(chats, self._roles)
+            for n, (chat_ids, chat_counted) in zip(places["messages"], rendered, strict=True):
+                ids[n], counted[n] = np.array(chat_ids, dtype=np.int32), chat_counted
         batch = TokenBatch(*flatten(ids), None)
         if any(part is not None for part in counted):
             parts = [

@@ -364,9 +364,10 @@ def test_what_a_stream_lacks_is_said(streamed: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_hub_out_of_reach_is_one_sentence_within_ten_seconds(
-    hangs: bool, monkeypatch: pytest.MonkeyPatch
+    hangs: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
