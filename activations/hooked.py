@@ -73,11 +73,8 @@ class HookedModel(ABC):
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding (a model may be spread over several)."""
         parameter = next(self._any_model.get_input_embeddings().parameters(), None)
-        if (
-            parameter is None or parameter.is_meta
-        ):  # offloaded or quantised: the model moves its inputs itself
-            return torch.device("cpu")
-        return parameter.device
+        # Of an embedding that is offloaded or quantised, the model itself moves the input to the right place.
+        return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
     @property
     def dtype(self) -> torch.dtype:

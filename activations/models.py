@@ -45,6 +45,9 @@ from activations.tokenizer import Tokenizer
 NO_LIMIT = 2**31 - 1
 """Context length of a model whose configuration names none (ALiBi, recurrent models)."""
 
+READ_PADDING = frozenset({"rwkv", "recurrent_gemma"})
+"""Types of recurrent models that transformers lets read padding on the left as if it were text."""
+
 
 class LanguageModel(HookedModel):
     """A language model whose activations are captured and edited by TransformerLens hook name.
@@ -95,6 +98,8 @@ class LanguageModel(HookedModel):
             or NO_LIMIT
         )
         self._is_causal = not is_masked_lm(self._any_model)
+        # A masked language model counts positions from the left, padding included.
+        self._allows_left_padding = self._is_causal and self.config.model_type not in READ_PADDING
         self._embedding_rows = embedding_rows(self._any_model)
 
     @classmethod
@@ -373,6 +378,10 @@ class LanguageModel(HookedModel):
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
         ids = [prompt_ids(self.tokenizer, text, bos) for text in texts]
         check_fits(ids, max_new_tokens, self.context_length)
+        if not self._allows_left_padding and len({len(prompt) for prompt in ids}) > 1:
+            raise InputError(
+                f"{self.name} cannot continue prompts of different lengths together: give them one by one."
+            )
         scopes = active_scopes(self)
         backend = self._backend((), scopes)
 
@@ -430,10 +439,8 @@ class LanguageModel(HookedModel):
                     f" {self._embedding_rows} rows, so take ids of this model's tokenizer."
                 )
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        if mask is not None and not self._is_causal and is_left_padded(mask):
-            raise InputError(
-                f"{self.name} is a masked language model, whose positions count from the left: pad on the right."
-            )
+        if mask is not None and not self._allows_left_padding and is_left_padded(mask):
+            raise InputError(f"{self.name} reads a text behind padding as another one: pad on the right.")
         return ids.to(self.device, torch.int64), mask
 
     def _arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Centred writing weights: what TransformerLens' processed weights show, as a transform of the plain model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,25 @@ def test_the_hash_says_where_it_has_an_effect() -> None:
     assert len(hashes) == 2
     assert centred_model("gpt2", "bridge").hash in hashes
     assert not tiny_language_model("gpt2").center_writing_weights
+
+
+def test_every_way_to_make_a_model_takes_it(tmp_path: Path) -> None:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    folder, hook = str(tmp_path / "gpt2"), "blocks.1.hook_resid_post"
+    tiny_hf_model("gpt2").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    expected = centred_model("gpt2").capture(IDS, [hook])[hook]
+    plain = LanguageModel.load(folder, device="cpu")
+    loaded = LanguageModel.load(folder, device="cpu", center_writing_weights=True)
+    assert torch.equal(loaded.capture(IDS, [hook])[hook], expected)
+    assert loaded.hash != plain.hash
+    hf_model = tiny_hf_model("gpt2")
+    bridge = build_bridge_from_module(
+        hf_model, "GPT2LMHeadModel", hf_config=hf_model.config, tokenizer=plain.tokenizer._hf
+    )
+    model = LanguageModel.from_bridge(bridge, center_writing_weights=True)
+    torch.testing.assert_close(model.capture(IDS, [hook])[hook], expected)
 
 
 @pytest.mark.parametrize("path", ["sdpa", "bridge"])

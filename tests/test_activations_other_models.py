@@ -145,14 +145,32 @@ def test_what_makes_no_sense_for_a_bert() -> None:
     assert str(error.value) == "bert is a masked language model and writes no text: choose a causal one."
     with pytest.raises(InputError) as error:
         model.logits(IDS, attention_mask=padding_mask([9, 5], "left"))
-    assert str(error.value) == (
-        "bert is a masked language model, whose positions count from the left: pad on the right."
-    )
+    assert str(error.value) == "bert reads a text behind padding as another one: pad on the right."
     with pytest.raises(InputError) as error:
         model.logit_lens_weights()
     assert str(error.value).startswith(
         "The logit lens of bert is not known: its architecture bert is not one of"
     )
+
+
+def test_a_recurrent_model_that_reads_padding_as_text() -> None:
+    from transformers import AutoModelForCausalLM, RwkvConfig
+
+    config = RwkvConfig(vocab_size=320, num_hidden_layers=2, hidden_size=32, bos_token_id=0, eos_token_id=0)
+    model = LanguageModel.from_hf(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), "rwkv")
+    hook = "blocks.1.hook_resid_post"
+    mask = padding_mask([9, 5], "right")
+    x = model.capture(IDS, [hook], attention_mask=mask)[hook]
+    torch.testing.assert_close(x[1, :5], model.capture(IDS[1:, :5], [hook])[hook][0])
+    with pytest.raises(InputError) as error:
+        model.capture(IDS, [hook], attention_mask=padding_mask([9, 5], "left"))
+    assert str(error.value) == "rwkv reads a text behind padding as another one: pad on the right."
+    with pytest.raises(InputError) as error:
+        model.generate(["def", "def read(self"], max_new_tokens=2)
+    assert str(error.value) == (
+        "rwkv cannot continue prompts of different lengths together: give them one by one."
+    )
+    assert len(model.generate(["def", "def"], max_new_tokens=2, temperature=0)) == 2
 
 
 def test_berts_own_kind_of_tokenizer() -> None:
@@ -289,8 +307,8 @@ def test_a_model_without_floating_parameters_passes_through() -> None:
         def __init__(self, linear: nn.Linear):
             super().__init__()
             self.in_features = linear.in_features
-            self.scale = float(linear.weight.abs().max()) / 127
-            codes = (linear.weight / self.scale).round().to(torch.int8)
+            self.scale = float(linear.weight.detach().abs().max()) / 127
+            codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
             self.weight = nn.Parameter(codes, requires_grad=False)
 
         def forward(self, x: Tensor) -> Tensor:
