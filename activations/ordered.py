@@ -137,7 +137,8 @@ class RowReader(Protocol):
 class ExactReader:
     """Reads rows from the shards themselves, which stay mapped into memory.
 
-    Fast while the shards are in the page cache; a disk is asked for every row by itself.
+    A shard is read through when it is first needed. Fast where the page cache holds the whole store; where it does
+    not, the disk is asked for every row by itself.
     """
 
     def __init__(self, source: RowSource, seed: int):

@@ -124,11 +124,17 @@ class StoreStream(Iterator[Tensor]):
         if self._batches_done == self.n_batches:
             self._close()
             raise StopIteration
-        # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
-        with single_threaded():
-            pieces = list(self._take(self.batch_size))
-            records = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            batch = self._reader.format.decode(records.to(self._device))
+        try:
+            # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
+            with single_threaded():
+                pieces = list(self._take(self.batch_size))
+                records = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                batch = self._reader.format.decode(records.to(self._device))
+        except BaseException:
+            self._close()  # the rows that were taken are taken again
+            raise
+        assert self._window is not None
+        self._position = int(self._window.ends[self._offset - 1])
         self._batches_done += 1
         return batch
 
@@ -186,7 +192,6 @@ class StoreStream(Iterator[Tensor]):
                 continue
             places = self._window.places[self._offset : self._offset + n]
             self._offset += len(places)
-            self._position = int(self._window.ends[self._offset - 1])
             n -= len(places)
             yield self._window.records.index_select(0, places)
 

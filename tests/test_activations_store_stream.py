@@ -15,14 +15,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import random_ids, tiny_language_model
 from torch import Tensor
 
-from activations import shuffled, store_stream
+from activations import plan, shuffled, store_stream
+from activations.blocks import PADDING, TokenBlocks
+from activations.capture import kept_positions
+from activations.config import StoredAs
 from activations.errors import InputError
 from activations.ordered import CHUNK, RowOrder
 from activations.permutation import Permutation
 from activations.shuffled import ROWS_FILE, ShuffledReader, external_bytes
 from activations.store_stream import StoreStream
+from activations.writer import write_store
 
 SIZES = (700, 1, 0, 999, 512, 300)  # 2,512 rows: nine chunks and a short one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -209,6 +214,59 @@ def test_rows_that_all_do_not_count_are_refused(kind: str, sizes: tuple[int, ...
     with pytest.raises(InputError, match="No position of the store counts"):
         make(kind, Rows(sizes, kept_share=0.0), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken_call", range(1, 12, 2))
+def test_a_batch_that_failed_is_given_when_asked_for_again(
+    broken_call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(make("exact", Rows(), tmp_path))
+    calls = 0
+    take = StoreStream._take
+
+    def interrupted(self: StoreStream, n: int) -> Iterator[Tensor]:
+        nonlocal calls
+        for piece in take(self, n):
+            calls += 1
+            if calls == broken_call:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(StoreStream, "_take", interrupted)
+    stream, given = make("exact", Rows(), tmp_path, batch_size=700, n_batches=7), []
+    while len(given) < 7:
+        before = stream.state_dict()
+        try:
+            given.append(next(stream))
+        except KeyboardInterrupt:
+            assert stream.state_dict() == before
+    assert calls >= broken_call
+    assert torch.equal(torch.cat(given)[:4900], torch.cat(expected)[:4900])
+
+
+@pytest.mark.parametrize("stored_as", ["float32", "bfloat16", "float16", "int8"])
+def test_a_store_of_a_model_is_read_in_both_orders(
+    stored_as: StoredAs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHARD_BYTES", 1)
+    monkeypatch.setattr(plan, "blocks_per_batch", lambda model, context_length: 4)
+    model, ids = tiny_language_model("llama"), random_ids(40, 12).numpy().astype(np.uint16)
+    ids[:, 0] = model.tokenizer.separator_id  # special: does not count
+    documents = np.repeat(np.arange(40, dtype=np.int32)[:, None], 12, axis=1)
+    documents[::3, 7:] = PADDING
+    blocks = TokenBlocks(ids, documents, [f"document {i}" for i in range(40)], "train", "isolated", False)
+    hook = "blocks.1.hook_resid_post"
+    held = write_store(model, blocks, [hook], tmp_path / "store", stored_as=stored_as).at()
+    assert len(held.starts) > 3
+    x = held.read(0, 40)
+    rows = x[kept_positions(blocks, 0, 40, x, held.exclusion)].float()
+    assert 0 < len(rows) == held.n_kept < held.n_rows
+    arguments = {"batch_size": len(rows), "n_batches": 2}
+    exact = list(StoreStream.exact(held, **arguments))
+    external = list(StoreStream.external(held, tmp_path / "copy", memory_bytes=50_000, **arguments))
+    for i in range(2):
+        assert torch.equal(exact[i], external[i])
+        assert sorted(exact[i].tolist()) == sorted(rows.tolist())
 
 
 # Threads
