@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from activations.corpus import Corpus, CorpusConfig, split_of
 from activations.errors import InputError
 from activations.sources import copies, documents, hub
+from activations.sources.reading import Piece, read_pieces
 from activations.sources.spec import SourceSpec, parse_source
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -158,6 +162,34 @@ def test_a_copy_is_standard_compressed_jsonl(tmp_path: Path, own_cache: Path) ->
     with copy.open("rb") as file:
         data = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
     assert [json.loads(line)["text"] for line in data.splitlines()] == long
+
+
+@given(
+    rows=st.lists(
+        st.one_of(
+            st.text(max_size=200),
+            st.builds(str.__mul__, st.text(min_size=1, max_size=3), st.integers(0, 300)),
+            st.none(),
+        ),
+        max_size=30,
+    ),
+    frame=st.sampled_from([1, 100, copies.FRAME_BYTES]),
+)
+@settings(max_examples=200, deadline=None)
+def test_rows_come_back_from_a_copy(rows: list[str | None], frame: int) -> None:
+    """Texts are read at random, in any order, as they were written."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "FRAME_BYTES", frame)
+        new = Path(folder) / "copy"
+        copies.write_copy(new, [(n, {"text": row}) for n, row in enumerate(rows)], "text", "text", "rows")
+        found = copies.open_copy(new)
+        places = [(int(row["start"]), int(row["inner"]), int(row["length"])) for row in found.rows]
+        pieces = [
+            Piece(str(new / copies.ROWS_FILE), "frames", *place, "text", "text") for place in places[::-1]
+        ]
+        kept = {n: row for n, row in enumerate(rows) if row is not None and row.strip()}
+        assert dict(zip(found.rows["row"].tolist()[::-1], read_pieces(pieces), strict=True)) == kept
+        assert sum(found.left_out.values()) == len(rows) - len(kept)
 
 
 def test_what_cannot_be_decoded_is_counted(tmp_path: Path) -> None:

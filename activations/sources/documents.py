@@ -19,7 +19,7 @@ from activations.errors import InputError
 from activations.files import hash_files, hash_json, room_needed
 from activations.sources.compressed import COMPRESSIONS, open_compressed
 from activations.sources.copies import ROWS_FILE, Copy, open_copy, write_copy, write_index
-from activations.sources.files import ROW_KINDS, find_files, is_saved_dataset, kind_of
+from activations.sources.files import ROW_KINDS, find_files, folder_hash, is_saved_dataset, kind_of
 from activations.sources.hub import StreamedDataset, saved_rows
 from activations.sources.parquet import parquet_rows
 from activations.sources.python import python_files
@@ -168,8 +168,7 @@ class _Builder:
 
     def add_saved_dataset(self, source: int, spec: SourceSpec) -> None:
         folder = Path(spec.location)
-        content = hash_files(path for path in folder.rglob("*") if path.is_file())
-        key = hash_json([content, spec.split, spec.content, spec.column])
+        key = hash_json([folder_hash(folder), spec.split, spec.content, spec.column])
         where = _Where(key, folder.name, str(folder))
         self._add_copy(source, spec, where, lambda: saved_rows(folder, spec))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from activations.errors import InputError
+from activations.files import hash_files, hash_json
 from activations.sources.compressed import COMPRESSIONS
 
 TEXT_KINDS = (".txt", ".md", ".py")
@@ -57,6 +58,11 @@ def find_files(location: str) -> Iterator[tuple[Path, str]]:
             yield root, relative
     if not n_found:
         raise InputError(f"Corpus {location} holds no {KINDS} file: give a file, folder or glob that does.")
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 over the names and contents of all files below a folder."""
+    return hash_json([[relative, hash_files([root / relative])] for root, relative in _walk(folder, folder)])
 
 
 def _walk(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from activations.cache import cache_folder, placed
 from activations.errors import InputError
-from activations.files import hash_files, hash_json, read_json, room_needed, write_json
+from activations.files import hash_json, read_json, room_needed, write_json
 from activations.sources.copies import Copy, open_copy, write_copy
+from activations.sources.files import folder_hash
 from activations.sources.spec import HUB, SourceSpec
 
 PART_BYTES = 16 * 2**20
@@ -88,7 +89,7 @@ class StreamedDataset:
 
     def _known_revision(self) -> str:
         if self._is_local:
-            return hash_files(path for path in Path(self.name).rglob("*") if path.is_file())[:40]
+            return folder_hash(Path(self.name))[:40]
         path = self.folder / SOURCE_FILE
         if path.is_file():
             return str(read_json(path)["revision"])
