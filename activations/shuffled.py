@@ -79,7 +79,7 @@ class ShuffledReader:
         folder = Path(folder)
         inputs = _inputs(source, seed)
         if not is_finished(folder, KIND, inputs):
-            if folder.exists() and any(folder.iterdir()):
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
                 read_manifest(folder, KIND)  # refuses what is not ours
             needed = external_bytes(source, memory_bytes=memory_bytes)
             if room_for(folder, freed=folder.glob("*.bin")) < needed:

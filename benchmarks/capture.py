@@ -369,7 +369,7 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all contestants")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="text of the live part")
+    parser.add_argument("--tokens", type=int, default=600_000, help="text of the live part")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000], help="tokens of the memory part"
     )
