@@ -229,7 +229,8 @@ def _read_tokenizer(folder: Path) -> Any:
         if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
             raise InputError(f"The tokenizer in {folder} cannot be read: {_first_line(error)}.") from None
         tokenizer = None
-    if tokenizer is None or not tokenizer.get_vocab():  # transformers makes an empty one of some classes
+    # transformers makes one of special tokens alone where the files are missing
+    if tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise InputError(
             f"{folder} holds no tokenizer: save tokenizer.json and tokenizer_config.json beside the weights."
         )

@@ -76,6 +76,10 @@ def test_capturing_says_what_it_takes_and_what_it_left_out(
     assert f"{HOOKS[0]}: {5056 - special:,} rows of width 32 count; left out: {special} special" in said
     assert f"sae train --out RUN --store {out}" in said
     assert "Every file in" in sae("store", "verify", out)
+    described = sae("info", out)
+    assert f"{out}: 5,056 tokens of" in described
+    assert f"{own[0]} on {own[1]}" in described
+    assert "unfinished" not in described
     before = tree(out)
     sae(*asked)
     assert tree(out) == before
@@ -185,7 +189,9 @@ def test_bad_input_is_one_sentence_and_leaves_no_trace(
     tiny_hf_model("gpt2").save_pretrained(plain)
     before = tree(store)
     text = ["--text", own[1], "--column", "body", "--hook-names", HOOKS[0]]
-    assert sae.refused("capture", "--out", out, "--model", plain, *text) == ""
+    assert sae.refused("capture", "--out", out, "--model", plain, *text) == (
+        f"{plain} holds no tokenizer: save tokenizer.json and tokenizer_config.json beside the weights."
+    )
     assert "'text'" in sae.refused("capture", "--out", out, "--model", own[0], *text[:2], *text[-2:])
     missing = sae.refused("capture", "--out", out, "--hook-names", "blocks.7.hook_mlp_out", *words(own))
     assert missing == "blocks.7.hook_mlp_out does not exist: the layers of this model are 0 to 2."

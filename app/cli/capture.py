@@ -12,7 +12,6 @@ from app.cli.arguments import parse
 
 if TYPE_CHECKING:
     from activations.job import CaptureJob
-    from activations.store import ActivationStore
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     from activations.job import CaptureJob, appending
     from activations.processes import started_processes
     from activations.progress import silent
-    from app.cli.terminal import progress
+    from app.cli.report import print_store
+    from app.cli.terminal import console, progress
 
     processes = started_processes()
     config = appending(given.capture, given.out) if given.append else given.capture
@@ -52,7 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     shown = progress if processes.rank == 0 else silent
     store = job.write(given.out, append=given.append, processes=processes, progress=shown)
     if processes.rank == 0:
-        _conclude(store)
+        print_store(store)
+        hook = f" --hook-name {store.hook_names[0]}" if len(store.hook_names) > 1 else ""
+        console.print(
+            f"\nThe activations are in {store.folder}. Next: sae train --out RUN --store {store.folder}{hook}",
+            soft_wrap=True,
+        )
 
 
 def _announce(job: "CaptureJob", folder: Path, append: bool) -> None:
@@ -74,22 +79,3 @@ def _announce(job: "CaptureJob", folder: Path, append: bool) -> None:
         console.print(f"  The text holds {job.blocks.n_tokens:,} training tokens, fewer than asked for.")
     for sentence in job.shortage:
         console.print(f"  For later evaluation or labels: {sentence}", soft_wrap=True, markup=False)
-
-
-def _conclude(store: "ActivationStore") -> None:
-    """What is there now."""
-    from app.cli.terminal import console
-
-    for name in store.hook_names:
-        counts = store.at(name).counts
-        left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n and why != "kept") or "none"
-        console.print(
-            f"  {name}: {counts['kept']:,} rows of width {store.at(name).width:,} count; left out: {left_out}",
-            soft_wrap=True,
-            markup=False,
-        )
-    console.print(
-        f"\nThe activations are in {store.folder}. Next: sae train --out RUN --store {store.folder}"
-        + (f" --hook-name {store.hook_names[0]}" if len(store.hook_names) > 1 else ""),
-        soft_wrap=True,
-    )

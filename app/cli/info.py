@@ -1,4 +1,4 @@
-"""``sae info``: what a run holds, or which hooks a model has."""
+"""``sae info``: what a run or a store holds, or which hooks a model has."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from activations.errors import InputError
+from activations.files import MANIFEST
 from app.cli.arguments import parse
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Say what a run folder holds, or where a model can be read."""
+    """Say what a run or a store of activations holds, or where a model can be read."""
 
-    run: Positional[Path | None] = None
-    """A run folder."""
+    folder: Positional[Path | None] = None
+    """A run, or a store of activations."""
     model: str | None = None
     """A model: builtin, a local Hugging Face folder, or a hub name."""
     device: str | None = None
@@ -34,14 +35,16 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "info", arguments)
-    if (given.run is None) == (given.model is None):
-        raise InputError("sae info takes a run folder or --model NAME, one of the two.")
-    if given.run is not None and (given.device or given.dtype or not given.bridge):
-        raise InputError("--device, --dtype and --no-bridge go with --model, not with a run folder.")
+    if (given.folder is None) == (given.model is None):
+        raise InputError("sae info takes the folder of a run or a store, or --model NAME, one of the two.")
+    if given.folder is not None and (given.device or given.dtype or not given.bridge):
+        raise InputError("--device, --dtype and --no-bridge go with --model, not with a folder.")
     if given.model is not None:
         _describe_model(given.model, given.device, given.dtype, given.bridge)
-    elif given.run is not None:
-        _describe_run(given.run)
+    elif given.folder is not None and (given.folder / MANIFEST).is_file():
+        _describe_store(given.folder)
+    elif given.folder is not None:
+        _describe_run(given.folder)
 
 
 def _describe_model(name: str, device: str | None, dtype: str | None, with_bridge: bool) -> None:
@@ -119,6 +122,31 @@ def _ranges(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _describe_store(path: Path) -> None:
+    from activations.store import ActivationStore
+    from app.cli.report import print_store
+    from app.cli.terminal import console
+
+    store = ActivationStore.open(path)
+    asked = sum(capture["blocks"] for capture in store.manifest["captures"])
+    state = (
+        "" if store.complete else f" (unfinished: {store.blocks.n_blocks:,} of {asked:,} sequences are there)"
+    )
+    size = sum(shard.bytes for shard in store.shards)
+    console.print(
+        f"{path}: {store.n_rows:,} tokens of {len(store.blocks.names):,} documents in sequences of"
+        f" {store.blocks.context_length}, as {store.at(store.hook_names[0]).stored_as},"
+        f" {size / 1e6:,.1f} MB{state}",
+        soft_wrap=True,
+        markup=False,
+    )
+    for capture in store.manifest["captures"]:
+        if "config" in capture:
+            text = " ".join(capture["config"]["corpus"]["text"])
+            console.print(f"  {capture['config']['model']} on {text}", soft_wrap=True, markup=False)
+    print_store(store)
 
 
 def _describe_run(path: Path) -> None:

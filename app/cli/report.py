@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.text import Text
 
 from activations.models import LanguageModel
+from activations.store import ActivationStore
 from app.cli.terminal import console, print_text, table
 from features.demonstration import Demonstration
 from features.explain import visible
@@ -32,6 +33,20 @@ def print_evaluation(evaluation: Evaluation) -> None:
         f"  {evaluation.tokens:,} tokens of {evaluation.documents:,} documents of the {evaluation.split} split",
         style="dim",
     )
+
+
+def print_store(store: ActivationStore) -> None:
+    """How many rows of each hook count, and why the others do not."""
+    for name in store.hook_names:
+        held = store.at(name)
+        left_out = (
+            ", ".join(f"{n:,} {why}" for why, n in held.counts.items() if n and why != "kept") or "none"
+        )
+        console.print(
+            f"  {name}: {held.counts['kept']:,} rows of width {held.width:,} count; left out: {left_out}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def print_demonstration(shown: Demonstration, model: LanguageModel, labels: Labels, folder: Path) -> None:
