@@ -32,6 +32,8 @@ PARALLEL_BYTES = 64_000_000
 """Text for which starting processes pays. Less is tokenised in this process, where the tokenizer's own threads share
 the work, and only parsing and the lists of ids wait for each other."""
 
+CHATS_AT_ONCE = 64
+
 TOKENS_BYTES = 10 * 2**30
 
 _DIGEST_BYTES = 16
@@ -166,9 +168,10 @@ class Tokenising:
             ids[n] = text_ids
         for n in places["tokens"]:
             ids[n] = token_ids(values[n])
-        if chats := [values[n] for n in places["messages"]]:
-            rendered = self._tokenizer.encode_chats(chats, self._roles)
-            for n, (chat_ids, chat_counted) in zip(places["messages"], rendered, strict=True):
+        for start in range(0, len(places["messages"]), CHATS_AT_ONCE):
+            chats = places["messages"][start : start + CHATS_AT_ONCE]
+            rendered = self._tokenizer.encode_chats([values[n] for n in chats], self._roles)
+            for n, (chat_ids, chat_counted) in zip(chats, rendered, strict=True):
                 ids[n], counted[n] = np.array(chat_ids, dtype=np.int32), chat_counted
         batch = TokenBatch(*flatten(ids), None)
         if any(part is not None for part in counted):

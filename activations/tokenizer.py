@@ -187,27 +187,17 @@ class Tokenizer:
             raise InputError(
                 "The model's tokenizer has no chat template: take an instruction-tuned model, or give a column of text."
             )
-        all_ids = self.encode_batch([self._render(chat) for chat in chats])
-        if not roles:
-            return [(ids, None) for ids in all_ids]
-        return [(ids, self._counted(chat, ids, roles)) for chat, ids in zip(chats, all_ids, strict=True)]
-
-    def _counted(self, chat: Sequence[Mapping[str, Any]], ids: list[int], roles: Sequence[str]) -> np.ndarray:
-        counts = [message["role"] in roles for message in chat]
-        counted = np.zeros(len(ids), dtype=bool)
-        start = 0
-        for n, count in enumerate(counts, start=1):
-            if n < len(chat) and counts[n] == count:
-                continue
-            beginning = ids if n == len(chat) else self.encode(self._render(chat[:n]))
-            if len(beginning) < start or ids[: len(beginning)] != beginning:
-                raise InputError(
-                    f"The chat template writes the first {n} of {len(chat)} messages differently when others follow, so"
-                    " that tokens of a role cannot be told: leave roles out."
-                )
-            counted[start : len(beginning)] = count
-            start = len(beginning)
-        return counted
+        ends = [_role_ends(chat, roles) for chat in chats]
+        beginnings = [
+            self._render(chat[:n]) for chat, chat_ends in zip(chats, ends, strict=True) for n in chat_ends
+        ]
+        encoded = iter(self.encode_batch(beginnings))
+        found: list[tuple[list[int], np.ndarray | None]] = []
+        for chat, chat_ends in zip(chats, ends, strict=True):
+            chat_ids = [next(encoded) for _ in chat_ends]
+            counted = _counted(chat, chat_ends, chat_ids, roles) if roles else None
+            found.append((chat_ids[-1], counted))
+        return found
 
     def _render(self, chat: Sequence[Mapping[str, Any]]) -> str:
         try:
@@ -290,6 +280,33 @@ class Tokenizer:
 
     def _bytes(self, token_id: int) -> bytes:
         return self._byte_strings.get(int(token_id), b"")
+
+
+def _role_ends(chat: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> list[int]:
+    """How many messages there are up to each place where tokens begin or cease to count; all of them last."""
+    counts = [message["role"] in roles for message in chat]
+    return [n for n in range(1, len(chat)) if counts[n] != counts[n - 1]] + [len(chat)]
+
+
+def _counted(
+    chat: Sequence[Mapping[str, Any]],
+    ends: Sequence[int],
+    beginnings: Sequence[list[int]],
+    roles: Sequence[str],
+) -> np.ndarray:
+    """Which tokens belong to messages of ``roles``; beginnings: the ids of the first messages up to each end."""
+    ids = beginnings[-1]
+    counted = np.zeros(len(ids), dtype=bool)
+    start = 0
+    for n, beginning in zip(ends, beginnings, strict=True):
+        if len(beginning) < start or ids[: len(beginning)] != beginning:
+            raise InputError(
+                f"The chat template writes the first {n} of {len(chat)} messages differently when others follow, so"
+                " that tokens of a role cannot be told: leave roles out."
+            )
+        counted[start : len(beginning)] = chat[n - 1]["role"] in roles
+        start = len(beginning)
+    return counted
 
 
 class TextDecoder(Protocol):
