@@ -207,7 +207,7 @@ class Corpus:
                 _check_size(split, n_tokens)
                 blocks, ran_out = self._packed(found, tokenizer, split, n_tokens, context_length)
                 if found.complete or (blocks.n_tokens >= n_tokens and not ran_out):
-                    self.notes.extend(ran_out)
+                    self.notes.extend(note for note in ran_out if note not in self.notes)
                     return blocks
             elif found.complete:
                 raise self._too_few(split, n_documents)

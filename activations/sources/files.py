@@ -20,7 +20,8 @@ def kind_of(path: Path) -> str:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by ``datasets.save_to_disk``."""
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    is_one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return is_one or (path / "dataset_dict.json").is_file()
 
 
 def find_files(location: str) -> Iterator[tuple[Path, str]]:
