@@ -386,6 +386,26 @@ def test_a_stream_describes_what_was_read(streamed: Path) -> None:
     assert Corpus(CorpusConfig(text=(source,))).hash != before
 
 
+def test_a_local_dataset_that_changed_is_read_anew(streamed: Path) -> None:
+    source = f"hf:{streamed}?column=body"
+    assert len(texts(source)) == 1200
+    path = streamed / "part0.jsonl"
+    path.write_text('{"body": "a new first row", "n": 0}\n' + path.read_text())
+    found = texts(source)
+    assert len(found) == 1201
+    assert found[f"{streamed}:1"] == "a new first row"
+
+
+def test_a_damaged_part_is_streamed_again_in_its_place(streamed: Path, own_cache: Path) -> None:
+    source = f"hf:{streamed}?column=body"
+    before = texts(source)
+    parts = sorted(own_cache.rglob(copies.ROWS_FILE))
+    for damaged, missing in ((2, len(parts) - 1), (4, len(parts) - 1)):
+        parts[damaged].write_bytes(parts[damaged].read_bytes()[:-1])
+        shutil.rmtree(parts[missing].parent)
+        assert texts(source) == before
+
+
 def test_what_a_stream_lacks_is_said(streamed: Path) -> None:
     assert refusal(f"hf:{streamed}") == (
         f"Dataset {streamed} has no column 'text': name the column to read (there are: body, n)."

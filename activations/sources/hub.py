@@ -63,17 +63,29 @@ class StreamedDataset:
         """The first ``count`` parts, or all where there are fewer; read from the hub as far as they are missing."""
         while len(self._parts) < count and not self._is_finished:
             folder = self.part_folder(len(self._parts))
-            try:
-                self._parts.append(open_copy(folder))
-            except InputError:  # not there yet, or damaged
-                shutil.rmtree(folder, ignore_errors=True)
+            part = self._kept(folder)
+            if part is None:
                 self._write_part(folder)
-                self._parts.append(open_copy(folder))
+                part = open_copy(folder)
+            else:
+                self._rows = None  # the stream, if it is open, stands before this part
+            self._parts.append(part)
         return self._parts[:count]
 
     def is_complete(self, count: int) -> bool:
         """Whether ``count`` parts are the whole dataset."""
         return self._is_finished and count >= len(self._parts)
+
+    def _kept(self, folder: Path) -> Copy | None:
+        """A part of this revision that is there and whole; anything else is removed."""
+        try:
+            part = open_copy(folder)
+        except InputError:
+            part = None
+        if part is not None and part.facts["revision"] == self.revision:
+            return part
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
     @property
     def _is_finished(self) -> bool:
