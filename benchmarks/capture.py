@@ -56,7 +56,7 @@ HOOK = f"blocks.{LAYER}.hook_resid_post"
 THREE_HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post", HOOK)
 SHAPES = {(16, 128): 1.05, (1, 2048): 4.0}  # batch and length: how many times the bridge's speed is wanted
 CONTEXT, BATCH = 128, 4096
-BUFFERS = (1 << 16, 1 << 19)  # activations: a small one, and our default for this width
+BUFFERS = {1 << 16: 3, 1 << 19: 1}  # activations (a small buffer, and our default for this width): rounds
 SHARD_ROWS, N_SHARDS = 1 << 16, 50
 
 Run = Callable[[], object]
@@ -95,9 +95,15 @@ def in_turn(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
 
 
 def job(script: str, python: Path | str = sys.executable, **settings: Any) -> dict[str, Any]:
-    """What a worker in a fresh process answers."""
+    """What a worker in a fresh process answers; no text is tokenised in its cache yet."""
     path = Path(__file__).with_name(script)
-    done = subprocess.run([str(python), str(path), json.dumps(settings)], stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [str(python), str(path), json.dumps(settings)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "SAESCOPE_CACHE": cache},
+        )
     if done.returncode:
         raise SystemExit(f"{script} ended early; what it said stands above.")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -196,38 +202,44 @@ def live(folder: Path, work: Path, tokens: int, threads: int, python: Path) -> N
         "threads": threads,
         "ids": torch.randint(len(tokenizer.vocabulary()), (2, CONTEXT)).tolist(),
     }
-    tried = job("saelens_store_worker.py", python, buffer=BUFFERS[0], answer=str(work / "theirs"), **settings)
+    tried = job("saelens_store_worker.py", python, buffer=1 << 16, answer=str(work / "theirs"), **settings)
     speeds = {name: value for name, value in tried["tried"].items() if isinstance(value, float)}
     best = max(speeds, key=lambda name: speeds[name])
     kind, prompts = best.removesuffix(" prompts").split(", ")
     versions = ", ".join(f"{name} {version}" for name, version in tried["versions"].items())
     print(f"live: raw text to shuffled batches of {BATCH:,}, {tokens:,} tokens; {versions}")
-    print(f"  SAELens with {best} (tried, tokens per second on little text:")
+    print(f"  SAELens with {best}; tokens per second on little text:")
     for name, value in tried["tried"].items():
-        print(f"    {name}: {f'{value:,.0f}' if isinstance(value, float) else value}")
-    print("  )")
-    for buffer in BUFFERS:
-        ours = job("capture_worker.py", job="live", buffer=buffer, answer=str(work / "ours"), **settings)
-        theirs = job(
-            "saelens_store_worker.py",
-            python,
-            kind=kind,
-            prompts=int(prompts),
-            buffer=buffer,
-            answer=str(work / "theirs"),
-            **settings,
-        )
-        x, y = (load_file(work / name)["activations"] for name in ("ours", "theirs"))
-        print(f"  buffer of {buffer:,} activations (both models agree to {float((x - y).abs().max()):.1e})")
-        for name, result in (("saescope", ours), ("SAELens", theirs)):
-            print(
-                f"    {name:9} {result['tokens'] / result['seconds']:9,.0f} tokens/s,"
-                f" {result['growth'] / 1e6:6,.0f} MB more than the model, {result['peak'] / 1e6:6,.0f} MB in all"
+        print(f"    {name:33}{f'{value:10,.0f}' if isinstance(value, float) else value}")
+    for buffer, rounds in BUFFERS.items():
+        results: dict[str, list[dict[str, Any]]] = {"saescope": [], "SAELens": []}
+        for _ in range(rounds):
+            results["saescope"].append(
+                job("capture_worker.py", job="live", buffer=buffer, answer=str(work / "ours"), **settings)
             )
-        faster = ours["tokens"] / ours["seconds"] * theirs["seconds"] / theirs["tokens"]
-        lighter = ours["growth"] / theirs["growth"]
-        print(f"    saescope is {verdict(faster, 1.5, 'SAELens')}, with", end=" ")
-        print(verdict(lighter, 1.0, "its memory", most=True), flush=True)
+            theirs = {"kind": kind, "prompts": int(prompts), "answer": str(work / "theirs")}
+            results["SAELens"].append(
+                job("saelens_store_worker.py", python, buffer=buffer, **theirs, **settings)
+            )
+        x, y = (load_file(work / name)["activations"] for name in ("ours", "theirs"))
+        print(
+            f"  buffer of {buffer:,} activations, medians of {rounds}"
+            f" (both models agree to {float((x - y).abs().max()):.1e})"
+        )
+        speed, growth = {}, {}
+        for name, runs in results.items():
+            speed[name] = statistics.median(run["tokens"] / run["seconds"] for run in runs)
+            growth[name] = statistics.median(run["growth"] for run in runs)
+            peak = statistics.median(run["peak"] for run in runs)
+            print(
+                f"    {name:9} {speed[name]:9,.0f} tokens/s, {growth[name] / 1e6:6,.0f} MB more than the model,"
+                f" {peak / 1e6:6,.0f} MB in all"
+            )
+        print(
+            f"    saescope is {verdict(speed['saescope'] / speed['SAELens'], 1.5, 'SAELens')}, with"
+            f" {verdict(growth['saescope'] / growth['SAELens'], 1.0, 'its memory', most=True)}",
+            flush=True,
+        )
 
 
 # Writing

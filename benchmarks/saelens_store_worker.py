@@ -6,6 +6,7 @@ reads the text, makes shuffled batches of activations and prints one line of JSO
 class of model and size of batch on little text, and says how many tokens a second each took.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -112,16 +113,17 @@ def run(job: dict[str, Any], kind: str, prompts: int) -> dict[str, Any]:
 
 
 def trials(job: dict[str, Any]) -> dict[str, float | str]:
-    """Tokens per second of every class of model and size of batch, or why it could not run."""
+    """Tokens per second of every class of model and size of batch, the better of two, or why it could not run."""
     tried: dict[str, float | str] = {}
     small = {**job, "tokens": TRIAL_TOKENS, "buffer": 4 * job["batch"]}
-    for kind in KINDS:
-        for prompts in PROMPTS:
-            try:
-                result = run(small, kind, prompts)
-                tried[f"{kind}, {prompts} prompts"] = result["tokens"] / result["seconds"]
-            except Exception as error:
-                tried[f"{kind}, {prompts} prompts"] = f"{type(error).__name__}: {str(error)[:100]}"
+    for kind, prompts in 2 * list(itertools.product(KINDS, PROMPTS)):
+        name = f"{kind}, {prompts} prompts"
+        try:
+            result = run(small, kind, prompts)
+            speed = result["tokens"] / result["seconds"]
+            tried[name] = max(speed, float(tried.get(name, 0)))
+        except Exception as error:
+            tried[name] = f"{type(error).__name__}: {str(error)[:100]}"
     return tried
 
 
