@@ -99,6 +99,8 @@ def test_a_worker_loads_no_torch_and_tells_what_is_wrong(tmp_path: Path) -> None
 
 def test_an_error_in_a_process_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenising, "PARALLEL_BYTES", 1)
+    monkeypatch.setattr(tokenising, "PARALLEL_CORES", 1)
+    monkeypatch.setattr(tokenising, "n_cores", lambda: 2)
     corpus = Corpus(CorpusConfig((some_texts(tmp_path / "a.jsonl"),)))
     assert corpus.left_out == {}
     (tmp_path / "a.jsonl").write_text("\n")
@@ -161,7 +163,8 @@ def test_a_cache_that_cannot_be_written_does_not_stop_anything(
 def test_given_token_ids_are_taken_as_they_are(
     tmp_path: Path, parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenising, "PARALLEL_BYTES", 1 if parallel else 10**9)
+    monkeypatch.setattr(tokenising, "PARALLEL_BYTES", 1)
+    monkeypatch.setattr(tokenising, "n_cores", lambda: tokenising.PARALLEL_CORES - (not parallel))
     tokenizer = Tokenizer(chat_tokenizer())
     bos = tokenizer.bos_id
     rows = [
