@@ -29,9 +29,9 @@ FIRST_BATCH_BYTES, BATCH_BYTES = 500_000, 2_000_000
 """A batch closes when its documents reach this size; batches double from the first size to the second."""
 
 PARALLEL_BYTES, PARALLEL_CORES = 64_000_000, 4
-"""Text and cores for which processes pay. Otherwise the tokenizer's own threads share the work in this process, and only
-parsing and the lists of ids, a tenth of it, wait for each other: on two cores 112 MB took 11 seconds, and 13 in two
-processes."""
+"""Text and cores for which processes pay. Otherwise the tokenizer's own threads share the work in this process, and
+only parsing and the lists of ids, a tenth of it, wait for each other: on two cores 112 MB took 11 seconds, and 13 in
+two processes."""
 
 CHATS_AT_ONCE = 64
 
