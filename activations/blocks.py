@@ -145,12 +145,6 @@ class TokenBlocks:
         real = np.asarray(self.documents[start:stop] != PADDING)
         return None if real.all() else torch.from_numpy(real.astype(np.int64))
 
-    def counted_tensor(self, start: int, stop: int) -> "torch.Tensor | None":
-        """``counted`` of blocks ``start`` to ``stop``: bool [stop - start, context_length], or None: all."""
-        import torch
-
-        return None if self.counted is None else torch.from_numpy(np.array(self.counted[start:stop]))
-
     def save(self, folder: Path, inputs: Mapping[str, Any] | None = None) -> None:
         """Write the blocks to ``folder``, atomically; ``inputs`` says what they were made from.
 

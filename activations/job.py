@@ -161,6 +161,7 @@ class CaptureJob:
         """What the store's manifest remembers of where its activations came from."""
         return {
             "config": asdict(self.config),
+            "corpus": self.corpus.describe(),
             "corpus_hash": self.corpus.hash,
             "context_length": self.blocks.context_length,
             "versions": {name: version(name) for name in VERSIONED},

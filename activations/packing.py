@@ -1,7 +1,7 @@
 """Documents of token ids cut into blocks, written to disk as they come."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -78,42 +78,6 @@ class Packer:
             writer.fill_up()
             n_tokens -= len(kept) + n_blocks * (self.bos_id is not None)
         return writer.finish("isolated")
-
-
-def joined(parts: Sequence[TokenBlocks]) -> TokenBlocks:
-    """The blocks of several :class:`TokenBlocks` one after the other, mapped from unnamed files.
-
-    All of one context length; split, packing and BOS are those of the first.
-    """
-    first = parts[0]
-    dtype = np.result_type(*(part.ids.dtype for part in parts))
-    with_counted = any(part.counted is not None for part in parts)
-    ids, owners, counted = ScratchArray(dtype), ScratchArray(np.int32), ScratchArray(bool)
-    text, offsets = ScratchArray(np.uint8), ScratchArray(np.int64)
-    offsets.append(np.zeros(1))
-    n_names = offset = 0
-    rows = max(1, FLUSH_TOKENS // first.context_length)
-    for part in parts:
-        for start in range(0, part.n_blocks, rows):
-            piece = part.documents[start : start + rows]
-            ids.append(part.ids[start : start + rows])
-            owners.append(np.where(piece == PADDING, PADDING, piece + n_names))
-            if with_counted:
-                counted.append(
-                    np.ones(piece.shape) if part.counted is None else part.counted[start : start + rows]
-                )
-        for name in part.names:
-            text.append(encoded(name))
-            offset += len(encoded(name))
-            offsets.append(np.array([offset]))
-        n_names += len(part.names)
-    return replace(
-        first,
-        ids=ids.mapped(-1, first.context_length),
-        documents=owners.mapped(-1, first.context_length),
-        names=StringTable(text.mapped(-1), offsets.mapped(-1)),
-        counted=counted.mapped(-1, first.context_length) if with_counted else None,
-    )
 
 
 class _Writer:

@@ -15,7 +15,6 @@ from activations.blocks import TokenBlocks
 from activations.config import CaptureConfig, ExclusionRule
 from activations.errors import InputError
 from activations.files import MANIFEST, hash_file, read_json, read_manifest, write_bytes, write_json
-from activations.packing import joined
 from activations.plan import Plan
 from activations.progress import Progress, silent
 from activations.shards import map_shard
@@ -220,7 +219,7 @@ def _restored_tokens(
     """The token blocks of every split, made from the text again."""
     made = [text(capture) for capture in start["captures"]]
     train = [splits["train"] for splits in made]
-    whole = train[0] if len(train) == 1 else joined(train)
+    whole = train[0] if len(train) == 1 else TokenBlocks.joined(train)
     if whole.hash != start["inputs"]["tokens"]:
         raise InputError(
             f"The tokens in {folder / TOKENS} are damaged, and the text that they were made from has changed: capture"

@@ -36,7 +36,6 @@ from activations.files import (
     write_bytes,
     write_json,
 )
-from activations.packing import joined
 from activations.plan import Plan
 from activations.processes import ALONE, Processes
 from activations.progress import Progress, Step, silent
@@ -117,7 +116,7 @@ def append_store(
     rule = ExclusionRule(**manifest["rule"])
     held = TokenBlocks.load(folder / TOKENS / "train")
     if captures[-1]["tokens"] == blocks.hash:  # this very text: finish it
-        blocks = held if held.hash == inputs["tokens"] else joined([held, blocks])
+        blocks = held if held.hash == inputs["tokens"] else TokenBlocks.joined([held, blocks])
     elif not manifest["complete"]:
         raise InputError(f"{folder} is unfinished: run the sae capture that began it again before appending.")
     else:
@@ -127,7 +126,7 @@ def append_store(
                 f" give --context-length {held.context_length}."
             )
         captures = [*captures, {**(about or {}), "tokens": blocks.hash, "blocks": blocks.n_blocks}]
-        blocks = joined([held, blocks])
+        blocks = TokenBlocks.joined([held, blocks])
     plan = Plan.of(model, blocks, inputs["hook_names"], inputs["stored_as"], rule, captures)
     for name in ("model", "dtype"):
         if plan.inputs[name] != inputs[name]:

@@ -197,6 +197,14 @@ class Pipeline:
         """Of the corpus; of the tokens in the store where training reads one, whose text may be gone."""
         return self.corpus.hash if self.store is None else self.store.blocks.hash
 
+    @property
+    def _about_text(self) -> dict[str, Any]:
+        """Sources, columns, splits and revisions, as far as they are known."""
+        if self.store is None:
+            return self.corpus.describe()
+        about: dict[str, Any] = self.store.store.manifest["captures"][0].get("corpus", {})
+        return about
+
     @cached_property
     def train_blocks(self) -> TokenBlocks:
         """The training tokens."""
@@ -253,6 +261,7 @@ class Pipeline:
             "exclude_special_tokens": config.rule.exclude_special,
             "max_norm": None if exclusion.max_norm == float("inf") else exclusion.max_norm,
             "dataset_path": config.corpus.name,
+            "corpus": self._about_text,
             "corpus_hash": self._text_hash,
             "model_from_pretrained_kwargs": {"center_writing_weights": model.center_writing_weights},
         }
