@@ -6,12 +6,13 @@ inputs (:func:`is_finished`).
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 Buffer = bytes | bytearray | memoryview
+_AT_ONCE = 512  # buffers to a call; systems allow 1,024 and more
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_RETIRED = ".old"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -38,19 +41,27 @@ def write_parts(path: Path, parts: Iterable[Buffer]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:
-            for part in parts:
-                _write_all(file, memoryview(part).cast("B"))
+            _write_all(file, [memoryview(part).cast("B") for part in parts])
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while len(data):
-        data = data[file.write(data) :]  # the system may take a part only
+def _write_all(file: BinaryIO, parts: Sequence[memoryview]) -> None:
+    """Write the parts one after the other, many with one call where the system can."""
+    waiting = [part for part in reversed(parts) if len(part)]
+    while waiting:
+        if hasattr(os, "writev"):
+            written = os.writev(file.fileno(), waiting[: -_AT_ONCE - 1 : -1])
+        else:
+            written = file.write(waiting[-1])
+        while waiting and written >= len(waiting[-1]):
+            written -= len(waiting.pop())
+        if written:  # the system took a part only
+            waiting[-1] = waiting[-1][written:]
 
 
 def _umask() -> int:
@@ -58,6 +69,9 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_UMASK = _umask()  # once: it can only be read by setting it, which two threads at a time would do in between
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -99,21 +113,29 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary sibling folder, then put it in the place of ``path`` in one rename.
 
-    An exception inside the block leaves whatever was at ``path`` untouched.
+    An exception inside the block leaves whatever was at ``path`` untouched. What a process left that was killed is
+    cleared away; if that was between putting the old folder aside and the rename, the old one is put back first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    prefix = f".{path.name}."
+    for left_over in list(path.parent.glob(f"{glob.escape(prefix)}*")):
+        is_retired = left_over.suffix == _RETIRED
+        if "." in left_over.name.removeprefix(prefix).removesuffix(_RETIRED):
+            continue  # of a folder whose name goes on
+        if is_retired and not path.exists():
+            os.replace(left_over, path)
+        else:
+            shutil.rmtree(left_over, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_UMASK)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
         if path.exists():
-            retired = temporary.with_name(temporary.name + ".old")
+            retired = temporary.with_name(temporary.name + _RETIRED)
             os.replace(path, retired)
             try:
                 os.replace(temporary, path)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 from activations.blocks import TokenBlocks
 from activations.config import CaptureConfig, ModelDtype
@@ -17,7 +17,7 @@ from activations.processes import ALONE, Processes
 from activations.progress import Progress, silent
 from activations.store import ActivationStore
 from activations.verify import captured_with
-from activations.writer import append_store, write_store
+from activations.writer import append_store, capture_of, write_store
 
 LONGEST_CONTEXT = 1024  # tokens per sequence, unless asked for
 HELD_OUT_TOKENS = 100_000  # of the test and of the score split, for captures of two million tokens and more
@@ -128,6 +128,11 @@ class CaptureJob:
             model.width(name)  # refuses a hook that is not there
         corpus = Corpus(config.corpus)
         context = resolved_context_length(model, config.context_length)
+        # What was left to the machine is written down as it came out.
+        dtype = str(model.dtype).removeprefix("torch.")
+        config = replace(config, model=model.name, context_length=context)
+        if dtype in get_args(ModelDtype):
+            config = replace(config, dtype=dtype)  # type: ignore[arg-type]
 
         def blocks(split: Split, n_tokens: int) -> TokenBlocks:
             return corpus.blocks(model.tokenizer, split, n_tokens, context)
@@ -147,10 +152,11 @@ class CaptureJob:
     @property
     def bytes_needed(self) -> int:
         """What the store will take on disk."""
-        plan = Plan.of(
-            self.model, self.blocks, self.config.hook_names, self.config.stored_as, self.config.rule, [{}]
-        )
-        return plan.bytes(self.blocks) + sum(6 * blocks.ids.size for blocks in self.held_out.values())
+        tokens = {"train": self.blocks, **self.held_out}
+        config = self.config
+        captures = [capture_of(self.blocks, {})]
+        plan = Plan.of(self.model, tokens, config.hook_names, config.stored_as, config.rule, captures)
+        return plan.bytes(tokens)
 
     def bytes_free(self, folder: Path) -> int:
         """What the disk has room for."""

@@ -2,15 +2,17 @@
 
 A store is a folder::
 
-    manifest.json                 what it was made from, how it is cut into shards; in the end statistics and counts
+    start.json                    what it is made from and how it is cut into shards, known when capture begins
+    manifest.json                 the same; in the end also statistics, counts and the hashes of all files
     shards.jsonl                  one line for each shard: its blocks, rows, bytes and sha256
     shard-00000.safetensors …     the rows (one row a token, padding left out), about 32 MB each:
                                   "ids", "positions", "documents" int32 [rows], and for each hook
                                   "activations/HOOK" [rows, width], "norm/HOOK" float32 [rows],
-                                  with int8 also "scale/HOOK" float32 [rows] (value = int8 · scale)
+                                  with int8 also "scale/HOOK" float32 [rows] (value = int8 · scale);
+                                  "counted" int8 [rows] for chats of which some roles count
     statistics.safetensors        "mean/HOOK": float32 [width]
-    tokens/train/                 the token blocks that the rows belong to, in the same order
-    tokens/test/, tokens/score/   those of the other splits, for evaluation and labels
+    tokens/train-HASH/            the token blocks that the rows belong to, in the same order
+    tokens/test-HASH/, …          those of the other splits, for evaluation and labels
     shuffled/                     copies in training order, where a training asked for one
 
 Whatever is listed in ``shards.jsonl`` can be used, finished or not: an interrupted store is a shorter one.
@@ -41,11 +43,11 @@ from activations.shards import map_shard
 from activations.statistics import Statistics, statistics_of
 
 KIND = "store of activations"
+START_FILE = "start.json"
 SHARDS_FILE = "shards.jsonl"
 STATISTICS_FILE = "statistics.safetensors"
 TOKENS = "tokens"
 SHUFFLED = "shuffled"
-SHARD_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,54 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def tokens_folder(folder: Path, split: str, tokens_hash: str) -> Path:
+    """Where a store keeps the token blocks of a split: under their hash, so that new ones never replace old ones."""
+    return folder / TOKENS / f"{split}-{tokens_hash[:8]}"
+
+
 def read_shards(path: Path) -> list[Shard]:
-    """The whole lines of a ``shards.jsonl``, by number; a last line that was cut short does not count."""
-    if not path.is_file():
-        return []
-    found = {}
-    for line in path.read_bytes().splitlines(keepends=True):
+    """The whole lines of a list of shards, as they were written; a line that was cut short does not count."""
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             fields = json.loads(line)
             shard = Shard(**{**fields, "blocks": tuple(fields["blocks"])})
         except (ValueError, TypeError, KeyError):
             continue
         if line.endswith(b"\n"):
-            found[shard.number] = shard
+            found.append(shard)
+    return found
+
+
+def shard_lists(folder: Path) -> list[Path]:
+    """``shards.jsonl``, and the lists of processes that share a capture."""
+    return [folder / SHARDS_FILE, *sorted(folder.glob("shards-*.jsonl"))]
+
+
+def listed_shards(folder: Path) -> list[Shard]:
+    """The shards on all lists of a store, by number."""
+    found = {shard.number: shard for path in shard_lists(folder) for shard in read_shards(path)}
     return [found[number] for number in sorted(found)]
+
+
+def whole_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Raises:
+        InputError: there is none, it is of something else or of a newer saescope, or it is not what was written.
+    """
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        found = None
+    is_ours = isinstance(found, dict) and found.get("kind") == KIND and "hash" in found
+    if found is None or (is_ours and found["hash"] != own_hash(found)):
+        raise InputError(f"{path} was changed since it was written: {_repair(folder)}")
+    manifest = read_manifest(folder, KIND)
+    if "hash" not in manifest:
+        raise InputError(f"{folder} was captured by an older saescope in another layout: capture it again.")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -111,21 +147,13 @@ class ActivationStore:
             InputError: the folder holds no store, one that is damaged, or one without a single shard.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder, KIND)
-        if "complete" not in manifest:
-            raise InputError(
-                f"{folder} was captured by an older saescope in another layout: capture it again."
-            )
+        manifest = whole_manifest(folder)
         if manifest["complete"]:
-            if own_hash(manifest) != manifest.get("hash"):
-                raise InputError(f"{folder / MANIFEST} was changed since it was written: {_again(folder)}")
-            found = hash_file(folder / SHARDS_FILE) if (folder / SHARDS_FILE).is_file() else None
-            if found != manifest["shards_sha256"]:
-                raise InputError(
-                    f"{folder / SHARDS_FILE} was changed since it was written: {_repair(folder)}"
-                )
+            path = folder / SHARDS_FILE
+            if not path.is_file() or hash_file(path) != manifest["shards_sha256"]:
+                raise InputError(f"{path} is not what was written: {_repair(folder)}")
         shards: list[Shard] = []
-        for shard in read_shards(folder / SHARDS_FILE):
+        for shard in listed_shards(folder):
             path = folder / shard.file
             if shard.number != len(shards):
                 break
@@ -137,11 +165,11 @@ class ActivationStore:
             shards.append(shard)
         if not shards:
             raise InputError(f"{folder} holds no activations yet: run the same sae capture again to go on.")
-        blocks = TokenBlocks.load(folder / TOKENS / "train")
-        if blocks.hash != manifest["inputs"]["tokens"]:
-            raise InputError(
-                f"{folder / TOKENS / 'train'} holds other tokens than the store: {_repair(folder)}"
-            )
+        path = tokens_folder(folder, "train", manifest["tokens"]["train"])
+        try:
+            blocks = TokenBlocks.load(path)
+        except InputError:
+            raise InputError(f"{path} is missing or damaged: {_repair(folder)}") from None
         stop = shards[-1].blocks[1]
         blocks = blocks if stop == blocks.n_blocks else blocks.first(stop)
         return cls(folder, manifest, blocks, tuple(shards))
@@ -223,8 +251,10 @@ class HookActivations:
 
     @property
     def identity(self) -> str:
-        """sha256 of what the rows are: model, tokens, hook and number format, and how many there are."""
-        return hash_json([self.store.manifest["inputs"], self.hook_name, self.n_rows])
+        """sha256 of what the rows are: hook, what was left out, and every shard's hash."""
+        shards = [shard.sha256 for shard in self.store.shards]
+        counted = self.store.manifest["rule"], self.store.manifest["special_ids"]
+        return hash_json([self.hook_name, counted, shards])
 
     def values(self, shard: int) -> Tensor:
         """Rows of a shard as they are stored, [rows, width], memory-mapped."""
@@ -376,7 +406,3 @@ def own_hash(manifest: dict[str, Any]) -> str:
 
 def _repair(folder: Path) -> str:
     return f"sae store repair {folder} makes it again."
-
-
-def _again(folder: Path) -> str:
-    return f"run the sae capture that made {folder} again, which keeps its activations."

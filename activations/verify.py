@@ -1,12 +1,14 @@
 """Finding damage in a store, and computing again just what is damaged.
 
-Everything is under a hash: the manifest under its own, ``shards.jsonl`` and the tokens under the manifest's, each
-shard under its line in ``shards.jsonl``. What can be made from the rest is made from it; shards are captured again.
+Everything is under a hash: the manifest and ``start.json`` under their own, ``shards.jsonl`` and the tokens under the
+manifest's, each shard under its line in ``shards.jsonl``. What can be made from the rest is made from it; shards are
+captured again.
 """
 
 import hashlib
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,23 @@ from typing import TYPE_CHECKING, Any
 from activations.blocks import TokenBlocks
 from activations.config import CaptureConfig, ExclusionRule
 from activations.errors import InputError
-from activations.files import MANIFEST, hash_file, read_json, read_manifest, write_bytes, write_json
+from activations.files import FORMAT_VERSION, MANIFEST, hash_file, write_bytes, write_json
 from activations.plan import Plan
 from activations.progress import Progress, silent
 from activations.shards import map_shard
-from activations.store import KIND, SHARDS_FILE, TOKENS, Shard, own_hash, read_shards, shard_name
+from activations.store import (
+    KIND,
+    SHARDS_FILE,
+    SHUFFLED,
+    START_FILE,
+    TOKENS,
+    Shard,
+    listed_shards,
+    own_hash,
+    shard_name,
+    tokens_folder,
+    whole_manifest,
+)
 from activations.writer import Writer, only_writer
 
 if TYPE_CHECKING:
@@ -33,29 +47,39 @@ class Damage:
     what: str
 
 
+@dataclass(frozen=True)
+class Repair:
+    """files: what was made again. other_bits: those of them that came out with other bits than they had."""
+
+    files: list[str]
+    other_bits: list[str]
+
+
 def verify_store(folder: Path | str, *, progress: Progress = silent) -> list[Damage]:
     """Every file of a store that is missing or differs in a single bit from what was written.
 
-    Reads everything once. Of an unfinished store only the shards can be told.
+    Reads everything once. What an unfinished store does not list yet is not missing.
 
     Raises:
-        InputError: the folder holds no store.
+        InputError: the folder holds no store, or one of a newer saescope.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file() and not (folder / SHARDS_FILE).is_file():
-        raise InputError(f"{folder} is no {KIND}: it has neither {MANIFEST} nor {SHARDS_FILE}.")
-    manifest = _manifest(folder)
-    found: list[Damage] = []
-    if manifest is None:
-        found.append(_damage(folder, MANIFEST))
+    manifest, start = _whole(folder, MANIFEST), _whole(folder, START_FILE)
+    if not any((folder / name).is_file() for name in (MANIFEST, START_FILE, SHARDS_FILE)):
+        raise InputError(f"{folder} is no {KIND}: it has no {MANIFEST}.")
+    found = [] if manifest is not None else [_damage(folder, MANIFEST)]
     hashes: dict[str, str] = {}
-    if manifest is not None and manifest["complete"]:
+    complete = manifest is not None and manifest["complete"]
+    if manifest is not None and complete:
         hashes |= manifest["files"]
         if not _is_listed(folder, manifest):
             found.append(_damage(folder, SHARDS_FILE))
+    else:
+        found += [] if start is not None else [_damage(folder, START_FILE)]
+        found += _damaged_tokens(folder, manifest or start or {"tokens": {}})
     shards = _shard_list(folder, manifest)
     hashes |= {shard.file: shard.sha256 for shard in shards}
-    if manifest is not None and manifest["complete"]:
+    if manifest is not None and complete:
         missing = set(range(len(manifest["shard_stops"]))) - {shard.number for shard in shards}
         found += [_damage(folder, shard_name(number)) for number in sorted(missing)]
     sizes = {name: path.stat().st_size if (path := folder / name).is_file() else 0 for name in hashes}
@@ -67,14 +91,6 @@ def verify_store(folder: Path | str, *, progress: Progress = silent) -> list[Dam
     return found
 
 
-@dataclass(frozen=True)
-class Repair:
-    """files: what was made again. other_bits: those of them that came out with other bits than they had."""
-
-    files: list[str]
-    other_bits: list[str]
-
-
 def repair_store(
     folder: Path | str,
     model: "LanguageModel",
@@ -82,7 +98,7 @@ def repair_store(
     *,
     progress: Progress = silent,
 ) -> Repair:
-    """Make again whatever of a finished store is missing or damaged, and nothing else.
+    """Make again whatever of a store is missing or damaged, and nothing else; an unfinished store is finished.
 
     Args:
         model: the one that the store was captured with.
@@ -90,44 +106,36 @@ def repair_store(
             only if a file below ``tokens/`` is damaged.
 
     Raises:
-        InputError: the store is unfinished, manifest and tokens are both damaged, the model or the text is another.
+        InputError: manifest and ``start.json`` are both damaged, the model or the text is another, or another
+            process is writing the store.
     """
     folder = Path(folder)
     damaged = [damage.file for damage in verify_store(folder, progress=progress)]
-    if not damaged:
+    before = _whole(folder, MANIFEST)
+    if not damaged and before is not None and before["complete"]:
         return Repair([], [])
-    before = _manifest(folder)
-    if before is not None and not before["complete"]:
-        raise InputError(
-            f"{folder} is unfinished: run the same sae capture again, which captures what is missing."
-        )
-    start = before or _start_beside_tokens(folder)
+    start = _start(folder)
     if model.hash != start["inputs"]["model"]:
         raise InputError(
             f"{folder} was captured with another model than {model.name}: give that one with --model."
         )
     with only_writer(folder):
-        if any(file.startswith(TOKENS) for file in damaged):
-            tokens = _restored_tokens(folder, start, text)
-            for split in {Path(file).parts[1] for file in damaged if file.startswith(TOKENS)}:
-                shutil.rmtree(folder / TOKENS / split, ignore_errors=True)
-        else:
-            tokens = {path.name: TokenBlocks.load(path) for path in (folder / TOKENS).iterdir()}
-        plan = _plan(model, tokens["train"], start, folder)
+        tokens = _tokens(folder, start, damaged, text)
+        plan = _plan(model, tokens, start, folder)
         listed = _shard_list(folder, before)
         write_bytes(folder / SHARDS_FILE, "".join(shard.line() for shard in listed).encode())
-        write_json(folder / MANIFEST, plan.manifest())
-        for file in damaged:
-            if file.startswith("shard-"):
-                (folder / file).unlink(missing_ok=True)
-        writer = Writer(model, tokens.pop("train"), plan, folder)
-        writer.begin(tokens)
+        if before is None:
+            write_json(folder / MANIFEST, plan.start())
+        writer = Writer(model, tokens, plan, folder)
+        writer.begin(damaged)
         numbers = writer.missing()
         with progress("capture", total=writer.tokens_in(numbers), unit="tokens") as step:
             captured = writer.capture(numbers, step)
         writer.finish()
-    old = {shard.file: shard.sha256 for shard in listed} | (before["files"] if before else {})
-    new = {shard.file: shard.sha256 for shard in captured} | read_manifest(folder, KIND)["files"]
+        if any(file.startswith("shard-") for file in damaged):
+            shutil.rmtree(folder / SHUFFLED, ignore_errors=True)  # what was copied may have been the damage
+    old = {shard.file: shard.sha256 for shard in listed} | ((before or {}).get("files") or {})
+    new = {shard.file: shard.sha256 for shard in captured} | whole_manifest(folder)["files"]
     changed = [file for file in new if file in old and new[file] != old[file]]
     return Repair(sorted({*damaged, *(shard.file for shard in captured)}), sorted(changed))
 
@@ -141,7 +149,7 @@ def captured_with(folder: Path | str) -> CaptureConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no {KIND}: there is no such folder.")
-    about = (_manifest(folder) or _start_beside_tokens(folder))["captures"][0]
+    about = _start(folder)["captures"][0]
     if "config" not in about:
         raise InputError(
             f"{folder} does not say what it was captured from: it was written from Python without a configuration."
@@ -150,79 +158,110 @@ def captured_with(folder: Path | str) -> CaptureConfig:
 
 
 def _damage(folder: Path, file: str) -> Damage:
-    return Damage(file, "was changed" if (folder / file).is_file() else "is missing")
+    return Damage(file, "was changed" if (folder / file).exists() else "is missing")
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, if it is what was written."""
+def _whole(folder: Path, file: str) -> dict[str, Any] | None:
+    """``manifest.json`` or ``start.json``, if it is what was written.
+
+    Raises:
+        InputError: it is what a newer saescope wrote.
+    """
     try:
-        manifest = read_manifest(folder, KIND)
-        whole = not manifest["complete"] or manifest["hash"] == own_hash(manifest)
-    except (InputError, KeyError):
+        found = json.loads((folder / file).read_bytes())
+        whole = isinstance(found, dict) and found["kind"] == KIND and found["hash"] == own_hash(found)
+    except (OSError, ValueError, KeyError):
         return None
-    return manifest if whole else None
+    if whole and found["format_version"] > FORMAT_VERSION:
+        whole_manifest(folder)  # says so
+    return found if whole else None
 
 
-def _is_listed(folder: Path, manifest: dict[str, Any]) -> bool:
+def _start(folder: Path) -> dict[str, Any]:
+    """What was known when the last capture began, from the manifest or from ``start.json``."""
+    found = _whole(folder, MANIFEST) or _whole(folder, START_FILE)
+    if found is None:
+        if not (folder / MANIFEST).is_file() and not (folder / START_FILE).is_file():
+            raise InputError(f"{folder} is no {KIND}: it has no {MANIFEST}.")
+        raise InputError(
+            f"{folder / MANIFEST} and {START_FILE} are both damaged: capture again with another --out."
+        )
+    return found
+
+
+def _is_listed(folder: Path, manifest: Mapping[str, Any]) -> bool:
     path = folder / SHARDS_FILE
     return path.is_file() and hash_file(path) == manifest["shards_sha256"]
 
 
-def _shard_list(folder: Path, manifest: dict[str, Any] | None) -> list[Shard]:
+def _shard_list(folder: Path, manifest: Mapping[str, Any] | None) -> list[Shard]:
     """What ``shards.jsonl`` says; where that is damaged, what it said, if the shards themselves still prove it."""
-    found = read_shards(folder / SHARDS_FILE)
+    found = listed_shards(folder)
     if manifest is None or not manifest["complete"] or _is_listed(folder, manifest):
         return found
     made: list[Shard] = []
     start = 0
-    for number in range(len(manifest["shard_stops"])):
+    for number, stop in enumerate(manifest["shard_stops"]):
         path = folder / shard_name(number)
         try:
             rows = len(map_shard(path)["ids"])
         except (InputError, KeyError):
             return found
-        stop = manifest["shard_stops"][number]
         made.append(Shard(number, (start, stop), rows, path.stat().st_size, hash_file(path)))
         start = stop
     text = "".join(shard.line() for shard in made)
     return made if hashlib.sha256(text.encode()).hexdigest() == manifest["shards_sha256"] else found
 
 
-def _start_beside_tokens(folder: Path) -> dict[str, Any]:
-    """The manifest as it was when capture began, of which a copy lies with every split's tokens."""
-    for path in sorted((folder / TOKENS).glob(f"*/{MANIFEST}")):
+def _damaged_tokens(folder: Path, start: Mapping[str, Any]) -> list[Damage]:
+    """The splits whose tokens are not what they were, told by their own hash."""
+    found = []
+    for split, wanted in start["tokens"].items():
+        place = tokens_folder(folder, split, wanted)
         try:
-            start: dict[str, Any] = read_json(path)["inputs"]["store"]
-        except (InputError, KeyError, TypeError):
-            continue
-        return start
-    raise InputError(
-        f"{folder / MANIFEST} and the tokens beside it are damaged: run the sae capture that made {folder} again with"
-        " another --out."
-    )
+            whole = TokenBlocks.load(place).hash == wanted
+        except InputError:
+            whole = False
+        if not whole:
+            found.append(_damage(folder, place.relative_to(folder).as_posix()))
+    return found
 
 
-def _plan(model: "LanguageModel", blocks: TokenBlocks, start: dict[str, Any], folder: Path) -> Plan:
+def _tokens(
+    folder: Path,
+    start: Mapping[str, Any],
+    damaged: list[str],
+    text: Callable[[dict[str, Any]], dict[str, TokenBlocks]],
+) -> dict[str, TokenBlocks]:
+    """The token blocks of every split; those that are damaged are made from the text again."""
+    places = {split: tokens_folder(folder, split, wanted) for split, wanted in start["tokens"].items()}
+    names = {split: place.relative_to(folder).as_posix() for split, place in places.items()}
+    lost = {split for split, name in names.items() if any(file.startswith(name) for file in damaged)}
+    tokens = {split: TokenBlocks.load(place) for split, place in places.items() if split not in lost}
+    if lost:
+        made = [text(capture) for capture in start["captures"]]
+        train = [splits["train"] for splits in made]
+        again = {**made[0], "train": train[0] if len(train) == 1 else TokenBlocks.joined(train)}
+        for split in sorted(lost):
+            if split not in again or again[split].hash != start["tokens"][split]:
+                raise InputError(
+                    f"The tokens in {folder / TOKENS} are damaged, and the text that they were made from has changed:"
+                    " capture it again with another --out."
+                )
+            shutil.rmtree(places[split], ignore_errors=True)
+            tokens[split] = again[split]
+    return {split: tokens[split] for split in start["tokens"]}
+
+
+def _plan(
+    model: "LanguageModel", tokens: Mapping[str, TokenBlocks], start: Mapping[str, Any], folder: Path
+) -> Plan:
     inputs, rule = start["inputs"], ExclusionRule(**start["rule"])
-    plan = Plan.of(model, blocks, inputs["hook_names"], inputs["stored_as"], rule, start["captures"])
+    hook_names, stored_as = inputs["hook_names"], inputs["stored_as"]
+    plan = Plan.of(model, tokens, hook_names, stored_as, rule, start["captures"], like=inputs)
     changed = [name for name, value in plan.inputs.items() if inputs[name] != value]
     if changed:
         raise InputError(
             f"{folder} cannot be repaired here: its {' and '.join(changed)} would not be as it was captured."
         )
     return plan
-
-
-def _restored_tokens(
-    folder: Path, start: dict[str, Any], text: Callable[[dict[str, Any]], dict[str, TokenBlocks]]
-) -> dict[str, TokenBlocks]:
-    """The token blocks of every split, made from the text again."""
-    made = [text(capture) for capture in start["captures"]]
-    train = [splits["train"] for splits in made]
-    whole = train[0] if len(train) == 1 else TokenBlocks.joined(train)
-    if whole.hash != start["inputs"]["tokens"]:
-        raise InputError(
-            f"The tokens in {folder / TOKENS} are damaged, and the text that they were made from has changed: capture"
-            " it again with another --out."
-        )
-    return {**made[0], "train": whole}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from activations.blocks import TokenBlocks
+from activations.config import ExclusionRule
 from activations.corpus import Corpus, Split
 from activations.errors import InputError
 from activations.exclusion import Exclusion
@@ -21,7 +22,7 @@ from activations.job import decided, load_model, resolved_context_length
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.statistics import measure_statistics
-from activations.store import SHUFFLED, TOKENS, ActivationStore, HookActivations
+from activations.store import SHUFFLED, ActivationStore, HookActivations, tokens_folder
 from activations.store_stream import StoreStream
 from activations.stream import ActivationStream
 from activations.verify import captured_with
@@ -92,7 +93,7 @@ class Pipeline:
         self.store: HookActivations | None = None
         if config.store is not None and (not self._on_disk or Path(config.store).is_dir()):
             store = ActivationStore.open(config.store)
-            config = _as_captured(config, store)
+            config = _as_captured(config, store, self._on_disk)
             self.store = store.at(config.hook_name)
             config = replace(config, tokens=config.tokens or self.store.n_kept)
         config = replace(config, tokens=config.resolved_tokens())
@@ -154,9 +155,9 @@ class Pipeline:
     def _made(self, split: Split, n_tokens: int) -> TokenBlocks:
         """Token blocks of a split: those beside the stored activations, or cut from the text."""
         if self.store is not None:
-            beside = self.store.folder / TOKENS / split
-            if (beside / MANIFEST).is_file():
-                held = TokenBlocks.load(beside)
+            tokens = self.store.store.manifest["tokens"]
+            if split in tokens:
+                held = TokenBlocks.load(tokens_folder(self.store.folder, split, tokens[split]))
                 if held.n_tokens >= n_tokens:
                     return held  # all of it: a part would hold fewer documents
         return self.corpus.blocks(self.model.tokenizer, split, n_tokens, self.context_length)
@@ -377,19 +378,33 @@ class Pipeline:
             shutil.rmtree(self.run.activations)
 
 
-def _as_captured(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """The configuration with everything that the store decides, which it may not contradict."""
-    captured, default = captured_with(store.folder), TrainConfig()
+def _as_captured(config: TrainConfig, store: ActivationStore, as_before: bool) -> TrainConfig:
+    """The configuration with everything that the store decides, which it may not contradict.
+
+    Args:
+        as_before: the configuration is that of a run: the store must still be the one that it was trained from.
+
+    Raises:
+        InputError: it says something else than the store.
+    """
+    default = TrainConfig()
     values: dict[str, Any] = {
-        "model": captured.model,
-        "corpus": captured.corpus,
         "context_length": store.blocks.context_length,
-        "rule": captured.rule,
-        "dtype": captured.dtype,
-        "center_writing_weights": captured.center_writing_weights,
+        "rule": ExclusionRule(**store.manifest["rule"]),
     }
+    if (
+        "config" in store.manifest["captures"][0]
+    ):  # else it was written from Python, and model and text are given
+        captured = captured_with(store.folder)
+        names = ("model", "corpus", "dtype", "center_writing_weights")
+        values |= {name: getattr(captured, name) for name in names}
     if config.hook_name == default.hook_name and len(store.hook_names) == 1:
         values["hook_name"] = store.hook_names[0]
+    if as_before and any(getattr(config, name) != value for name, value in values.items()):
+        raise InputError(
+            f"{store.folder} holds other activations now than those that this run was trained on: move it away, or"
+            " train another run."
+        )
     return decided(config, default, values, store.folder)
 
 

@@ -1,30 +1,33 @@
-"""A capture that is killed, at any moment, and resumed; and one shared by two processes."""
+"""Captures that are killed, at any moment, and resumed; and captures shared by two processes."""
 
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from store_helpers import CONTEXT, HOOK, SECOND_HOOK, contents, make_blocks
-from tiny_models import tiny_language_model
+from tiny_models import tiny_hf_model, tiny_language_model, tiny_tokenizer
 
 from activations import files as files_module
 from activations import plan as plan_module
 from activations.models import LanguageModel
 from activations.processes import started_processes
 from activations.store import ActivationStore
-from activations.verify import verify_store
-from activations.writer import write_store
+from activations.verify import repair_store, verify_store
+from activations.writer import append_store, write_store
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
 
-N_BLOCKS, BATCH_BLOCKS, SHARD_BLOCKS = 120, 2, 16
+BATCH_BLOCKS = 2
+ROW_BYTES = 12 + 2 * 4 + 2 * (32 + 72)
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +35,16 @@ def model() -> LanguageModel:
     return tiny_language_model("llama")
 
 
+@pytest.fixture(scope="module")
+def other_model() -> LanguageModel:
+    return LanguageModel.from_hf(tiny_hf_model("llama", seed=1), tiny_tokenizer(), "other")
+
+
 @pytest.fixture(autouse=True)
-def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    row_bytes = 12 + 2 * 4 + 2 * (32 + 72)
-    monkeypatch.setattr(plan_module, "SHARD_BYTES", SHARD_BLOCKS * CONTEXT * row_bytes)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: BATCH_BLOCKS)
-
-
-def capture(model: LanguageModel, folder: Path, record: Path | None = None) -> None:
-    """Capture the store; write down the first block of each forward pass."""
-    blocks = make_blocks(N_BLOCKS, padded=5)
-    if record is not None:
-        first = {blocks.ids[start].tobytes(): start for start in range(0, N_BLOCKS, BATCH_BLOCKS)}
-        captured = LanguageModel.capture
-
-        def recorded(self: LanguageModel, ids: torch.Tensor, *args: object, **options: object) -> dict:
-            result = captured(self, ids, *args, **options)  # type: ignore[arg-type]
-            line = f"{first[ids[0].numpy().astype(blocks.ids.dtype).tobytes()]}\n"
-            handle = os.open(record, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
-            os.write(handle, line.encode())
-            os.close(handle)
-            return result
-
-        LanguageModel.capture = recorded  # type: ignore[method-assign]
-    write_store(model, blocks, [HOOK, SECOND_HOOK], folder)
+    monkeypatch.setattr(plan_module, "LEAST_BATCHES", {"cpu": 1})
+    monkeypatch.setattr(plan_module, "SHARD_BYTES", 8 * BATCH_BLOCKS * CONTEXT * ROW_BYTES)
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -78,122 +67,185 @@ def ended(process: int) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def shards_captured_twice(first: Path, second: Path) -> int:
-    """How many shards were captured whole before the kill, and again after it."""
+@dataclass(frozen=True)
+class Capture:
+    """A store of ``n_blocks`` blocks, ``shard_batches`` batches a shard, captured on ``threads`` threads.
 
-    def blocks(path: Path) -> set[int]:
-        return set(map(int, path.read_text().split())) if path.exists() else set()
+    Each fsync takes ``fsync_seconds`` longer than it does.
+    """
 
-    both = blocks(first) & blocks(second)
-    shards = (
-        range(start, min(start + SHARD_BLOCKS, N_BLOCKS), BATCH_BLOCKS)
-        for start in range(0, N_BLOCKS, SHARD_BLOCKS)
-    )
-    return sum(set(shard) <= both for shard in shards)
+    model: LanguageModel
+    n_blocks: int = 120
+    shard_batches: int = 8
+    threads: int = 1
+    fsync_seconds: float = 0.0
 
+    def __call__(self, folder: Path, record: Path) -> None:
+        """Capture; write down the first block of each forward pass."""
+        plan_module.SHARD_BYTES = self.shard_batches * BATCH_BLOCKS * CONTEXT * ROW_BYTES
+        torch.set_num_threads(self.threads)
+        blocks = make_blocks(self.n_blocks, padded=5)
+        first = {blocks.ids[start].tobytes(): start for start in range(0, self.n_blocks, BATCH_BLOCKS)}
+        captured = LanguageModel.capture
 
-def resume(model: LanguageModel, folder: Path, before: Path, whole: dict[str, bytes]) -> None:
-    """Check what a killed capture left, finish it, and compare."""
-    if (folder / "shards.jsonl").is_file() and (folder / "shards.jsonl").stat().st_size:
-        assert ActivationStore.open(folder).at(HOOK).read(0, 1).isfinite().all()
-        assert verify_store(folder) == []
-    after = before.with_name(before.name + "-after")
-    assert ended(forked(lambda: capture(model, folder, after))) == 0
-    assert contents(folder) == whole
-    assert not list(folder.glob(".*.*"))
-    assert shards_captured_twice(before, after) <= 1
+        def recorded(model: LanguageModel, ids: torch.Tensor, *args: object, **options: object) -> dict:
+            result = captured(model, ids, *args, **options)  # type: ignore[arg-type]
+            line = f"{first[ids[0].numpy().astype(blocks.ids.dtype).tobytes()]}\n"
+            handle = os.open(record, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+            os.write(handle, line.encode())
+            os.close(handle)
+            return result
 
+        def slow(handle: int, fsync: Callable[[int], None] = os.fsync) -> None:
+            time.sleep(self.fsync_seconds)
+            fsync(handle)
 
-@pytest.fixture(scope="module")
-def whole(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
-    """The files of an uninterrupted capture, and how long a forked process takes for them."""
-    folder = tmp_path_factory.mktemp("whole") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        row_bytes = 12 + 2 * 4 + 2 * (32 + 72)
-        patch.setattr(plan_module, "SHARD_BYTES", SHARD_BLOCKS * CONTEXT * row_bytes)
-        patch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: BATCH_BLOCKS)
+        LanguageModel.capture = recorded  # type: ignore[method-assign]
+        files_module.os.fsync = slow  # type: ignore[assignment]
+        write_store(self.model, blocks, [HOOK, SECOND_HOOK], folder)
+
+    def whole(self, folder: Path) -> tuple[dict[str, bytes], float]:
+        """The files of an uninterrupted capture, and how long a forked process takes for them."""
         begun = time.perf_counter()
-        assert ended(forked(lambda: capture(model, folder, folder.with_name("record")))) == 0
-        seconds = time.perf_counter() - begun
-    assert len(list(folder.glob("shard-*"))) == 8
-    return contents(folder), seconds
+        assert ended(forked(lambda: self(folder, folder.with_name("record-whole")))) == 0
+        return contents(folder), time.perf_counter() - begun
+
+    def captured_twice(self, first: Path, second: Path) -> int:
+        """How many shards were captured whole before the kill, and whole again after it."""
+
+        def blocks(path: Path) -> set[int]:
+            return set(map(int, path.read_text().split())) if path.exists() else set()
+
+        both = blocks(first) & blocks(second)
+        length = self.shard_batches * BATCH_BLOCKS
+        shards = (
+            range(start, min(start + length, self.n_blocks), BATCH_BLOCKS)
+            for start in range(0, self.n_blocks, length)
+        )
+        return sum(set(shard) <= both for shard in shards)
+
+    def resume(self, folder: Path, before: Path, whole: dict[str, bytes]) -> None:
+        """Check what a killed capture left, finish it, and compare."""
+        if (folder / "shards.jsonl").is_file() and (folder / "shards.jsonl").stat().st_size:
+            assert ActivationStore.open(folder).at(HOOK).read(0, 1).isfinite().all()
+            assert verify_store(folder) == []
+        after = before.with_name(before.name + "-after")
+        assert ended(forked(lambda: self(folder, after))) == 0
+        assert contents(folder) == whole
+        assert not list(folder.glob(".*.*"))
+        assert self.captured_twice(before, after) <= 1
+
+    def killed_at_random(self, folder: Path, times: int) -> int:
+        """Kill it ``times`` times at random moments, resume each time; how often it was not done yet."""
+        whole, seconds = self.whole(folder / "whole")
+        generator = random.Random(times)
+        killed = 0
+        for number in range(times):
+            store, record = folder / f"{number}", folder / f"record-{number}"
+            process = forked(lambda store=store, record=record: self(store, record))  # type: ignore[misc]
+            time.sleep(generator.random() * seconds)
+            os.kill(process, signal.SIGKILL)
+            killed += ended(process) == signal.SIGKILL
+            self.resume(store, record, whole)
+        return killed
 
 
-def kill_at_random_moments(
-    model: LanguageModel, whole: tuple[dict[str, bytes], float], tmp_path: Path, times: int
-) -> int:
-    """How many of the captures were killed before they were done."""
-    files, seconds = whole
-    generator = random.Random(times)
-    killed = 0
-    for number in range(times):
-        folder, record = tmp_path / f"{number}", tmp_path / f"record-{number}"
-        process = forked(lambda folder=folder, record=record: capture(model, folder, record))  # type: ignore[misc]
-        time.sleep(generator.random() * seconds)
-        os.kill(process, signal.SIGKILL)
-        killed += ended(process) == signal.SIGKILL
-        resume(model, folder, record, files)
-    return killed
+def test_killed_at_eight_random_moments(model: LanguageModel, tmp_path: Path) -> None:
+    assert Capture(model).killed_at_random(tmp_path, times=8) >= 4
 
 
-def test_killed_at_eight_random_moments(
-    model: LanguageModel, whole: tuple[dict[str, bytes], float], tmp_path: Path
+@pytest.mark.parametrize("shard_batches", [1, 3])
+def test_however_many_threads_run_ahead_one_shard_is_repeated(
+    model: LanguageModel, tmp_path: Path, shard_batches: int
 ) -> None:
-    assert kill_at_random_moments(model, whole, tmp_path, times=8) >= 4
+    capture = Capture(model, n_blocks=40, shard_batches=shard_batches, threads=4, fsync_seconds=0.02)
+    assert capture.killed_at_random(tmp_path, times=4) >= 1
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_random_moments(
-    model: LanguageModel, whole: tuple[dict[str, bytes], float], tmp_path: Path
-) -> None:
-    assert kill_at_random_moments(model, whole, tmp_path, times=50) >= 25
+def test_killed_at_fifty_random_moments(model: LanguageModel, tmp_path: Path) -> None:
+    assert Capture(model).killed_at_random(tmp_path, times=50) >= 25
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+def kill_at(call: str, number: int) -> None:
+    """Have this process kill itself in the given one of its writes, fsyncs or renames.
+
+    In a write when half of it is done; before an fsync or rename.
+    """
+    module, name = {
+        "write": (files_module, "_write_all"),
+        "fsync": (files_module.os, "fsync"),
+        "rename": (files_module.os, "replace"),
+    }[call]
+    function, calls = getattr(module, name), 0
+
+    def counted(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            if call == "write":
+                first = args[1][0]  # type: ignore[index]
+                args[0].write(first[: len(first) // 2])  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    setattr(module, name, counted)
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-@pytest.mark.parametrize("number", [1, 2, 7, 12])
-def test_killed_between_temporary_file_fsync_and_rename(
-    model: LanguageModel,
-    whole: tuple[dict[str, bytes], float],
-    tmp_path: Path,
-    number: int,
-    call: str,
-    when: str,
+@pytest.mark.parametrize("action", ["capture", "append", "replace", "repair"])
+def test_killed_in_each_of_its_writes_fsyncs_and_renames(
+    model: LanguageModel, other_model: LanguageModel, tmp_path: Path, action: str, call: str
 ) -> None:
-    """The process kills itself just before or after the given one of its writes, fsyncs or renames."""
+    """From the first to the last of them; the same action again ends in the bytes of one that was not killed."""
+    first, more = make_blocks(36, padded=5), make_blocks(6, seed=1)
+    before = tmp_path / "before"
+    if action in ("append", "repair"):
+        write_store(model, first, [HOOK], before)
+    elif action == "replace":
+        write_store(other_model, first, [HOOK], before)
+    if action == "repair":
+        (before / "shard-00001.safetensors").write_bytes(b"damage")
+        (before / "statistics.safetensors").unlink()
 
-    def die() -> None:
-        module, name = {
-            "write": (files_module, "_write_all"),
-            "fsync": (files_module.os, "fsync"),
-            "rename": (files_module.os, "replace"),
-        }[call]
-        function, calls = getattr(module, name), 0
+    def act(folder: Path) -> None:
+        if action == "append":
+            append_store(model, more, folder)
+        elif action == "repair":
+            repair_store(folder, model, lambda about: {})
+        else:
+            write_store(model, first, [HOOK], folder, replace_other=action == "replace")
 
-        def counted(*args: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == number and when == "before":
-                if call == "write":  # half of it is written
-                    args[0].write(args[1][: len(args[1]) // 2])  # type: ignore[attr-defined,index,arg-type]
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*args)
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+    def prepared(folder: Path) -> Path:
+        if before.exists():
+            shutil.copytree(before, folder)
+        return folder
 
-        setattr(module, name, counted)
-        capture(model, tmp_path / "store", tmp_path / "record")
+    act(prepared(tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    number = 0
+    while True:
+        number += 1
+        folder = prepared(tmp_path / f"{number}")
 
-    assert ended(forked(die)) == signal.SIGKILL
-    resume(model, tmp_path / "store", tmp_path / "record", whole[0])
+        def killed(folder: Path = folder, number: int = number) -> None:
+            kill_at(call, number)
+            act(folder)
+
+        done = ended(forked(killed)) == 0
+        if not done:
+            act(folder)
+        assert contents(folder) == whole, number
+        assert not list(folder.rglob(".*.*"))
+        if done:
+            assert number > 5
+            return
 
 
-def test_interrupting_leaves_a_store_that_can_be_used(
-    model: LanguageModel, whole: tuple[dict[str, bytes], float], tmp_path: Path
-) -> None:
+def test_interrupting_leaves_a_store_that_can_be_used(model: LanguageModel, tmp_path: Path) -> None:
     """Ctrl-C: the shard being written is finished, and what is there can be read."""
-    folder, record = tmp_path / "store", tmp_path / "record"
+    capture, folder, record = Capture(model), tmp_path / "store", tmp_path / "record"
+    whole, _ = capture.whole(tmp_path / "whole")
 
     def interrupted() -> None:
         def interrupt(*args: object) -> None:
@@ -201,7 +253,7 @@ def test_interrupting_leaves_a_store_that_can_be_used(
 
         signal.signal(signal.SIGINT, interrupt)
         try:
-            capture(model, folder, record)
+            capture(folder, record)
         except KeyboardInterrupt:
             os._exit(0)
 
@@ -212,8 +264,8 @@ def test_interrupting_leaves_a_store_that_can_be_used(
     assert ended(process) == 0
     assert not list(folder.glob(".shard-*"))
     assert verify_store(folder) == []
-    assert ActivationStore.open(folder).n_rows >= 3 * SHARD_BLOCKS * CONTEXT
-    resume(model, folder, record, whole[0])
+    assert ActivationStore.open(folder).n_rows >= 3 * 16 * CONTEXT
+    capture.resume(folder, record, whole)
 
 
 def free_port() -> int:
@@ -222,10 +274,12 @@ def free_port() -> int:
         return int(connection.getsockname()[1])
 
 
-def test_two_processes_write_what_one_writes(
-    model: LanguageModel, whole: tuple[dict[str, bytes], float], tmp_path: Path
-) -> None:
-    port, folder = free_port(), tmp_path / "store"
+def together(work: Callable[[int], None], kill_rank: int | None = None, after: float = 0.0) -> list[int]:
+    """Run ``work(rank)`` in two forked processes as torchrun would; how each ended.
+
+    With ``kill_rank`` that process is killed ``after`` seconds, and the other, which waits for it, with it.
+    """
+    port = free_port()
 
     def share(rank: int) -> None:
         os.environ |= {
@@ -234,15 +288,59 @@ def test_two_processes_write_what_one_writes(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        processes = started_processes()
-        blocks = make_blocks(N_BLOCKS, padded=5)
-        store = write_store(model, blocks, [HOOK, SECOND_HOOK], folder, processes=processes)
-        assert store.complete
-        (tmp_path / f"done-{rank}").touch()
+        work(rank)
 
     processes = [forked(lambda rank=rank: share(rank)) for rank in range(2)]  # type: ignore[misc]
-    assert [ended(process) for process in processes] == [0, 0]
-    assert (tmp_path / "done-0").exists()
-    assert (tmp_path / "done-1").exists()
+    if kill_rank is not None:
+        time.sleep(after)
+        for rank in (kill_rank, 1 - kill_rank):
+            os.kill(processes[rank], signal.SIGKILL)
+    return [ended(process) for process in processes]
+
+
+def test_two_processes_write_what_one_writes(model: LanguageModel, tmp_path: Path) -> None:
+    whole, _ = Capture(model).whole(tmp_path / "whole")
+    folder, blocks = tmp_path / "store", make_blocks(120, padded=5)
+
+    def share(rank: int) -> None:
+        store = write_store(model, blocks, [HOOK, SECOND_HOOK], folder, processes=started_processes())
+        assert store.complete
+
+    assert together(share) == [0, 0]
     # Not only token, position and document ids and the layout: every byte, since each batch runs on one thread.
-    assert contents(folder) == whole[0]
+    assert contents(folder) == whole
+
+
+def test_two_processes_are_killed_and_go_on(model: LanguageModel, tmp_path: Path) -> None:
+    whole, seconds = Capture(model).whole(tmp_path / "whole")
+    blocks = make_blocks(120, padded=5)
+    listed = 0
+    for number in range(3):
+        folder = tmp_path / f"{number}"
+
+        def share(rank: int, folder: Path = folder) -> None:
+            write_store(model, blocks, [HOOK, SECOND_HOOK], folder, processes=started_processes())
+
+        together(share, kill_rank=number % 2, after=seconds * (1 + number) / 2)
+        if list(folder.glob("shard-00000*")) and verify_store(folder) == []:
+            listed += 1
+            assert ActivationStore.open(folder).at(HOOK).read(0, 1).isfinite().all()
+        assert together(share) == [0, 0]
+        assert contents(folder) == whole
+    assert listed > 0
+
+
+def test_two_processes_append_together(model: LanguageModel, tmp_path: Path) -> None:
+    first, more = make_blocks(40), make_blocks(30, seed=1)
+    for name in ("alone", "together"):
+        write_store(model, first, [HOOK], tmp_path / name)
+    append_store(model, more, tmp_path / "alone")
+
+    def share(rank: int) -> None:
+        processes = started_processes()
+        if rank == 1:
+            time.sleep(0.3)  # a slower one meets what the other has begun
+        append_store(model, more, tmp_path / "together", processes=processes)
+
+    assert together(share) == [0, 0]
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")

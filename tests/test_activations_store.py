@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,8 @@ from activations.errors import InputError
 from activations.models import LanguageModel
 from activations.shards import map_shard, to_stored, write_shard
 from activations.statistics import measure_statistics
-from activations.store import ActivationStore
+from activations.store import ActivationStore, tokens_folder
+from activations.verify import repair_store
 from activations.writer import append_store, write_store
 
 
@@ -48,6 +50,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two batches of four blocks."""
     monkeypatch.setattr(plan_module, "SHARD_BYTES", 2 * 4 * CONTEXT * (12 + 4 + WIDTH * 2))
     monkeypatch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: 4)
+    monkeypatch.setattr(plan_module, "LEAST_BATCHES", {"cpu": 1})
 
 
 def test_a_store_gives_back_what_the_model_computes(model: LanguageModel, tmp_path: Path) -> None:
@@ -115,7 +118,9 @@ def test_several_hooks_cost_one_pass_and_lie_side_by_side(
     with pytest.raises(InputError) as error:
         both.at()
     assert str(error.value) == f"{tmp_path / 'both'} holds several hooks: name one of {HOOK}, {SECOND_HOOK}."
-    with pytest.raises(InputError, match=r"holds no activations of blocks\.0\.hook_mlp_out: it has blocks\.1\."):
+    with pytest.raises(
+        InputError, match=r"holds no activations of blocks\.0\.hook_mlp_out: it has blocks\.1\."
+    ):
         both.at("blocks.0.hook_mlp_out")
 
 
@@ -289,7 +294,8 @@ def test_appended_text_follows_what_is_there(model: LanguageModel, tmp_path: Pat
     assert all(before[file] == after[file] for file in kept)
     assert grown.at(HOOK).exclusion == exclusion
     assert grown.n_rows == 29 * CONTEXT - 4
-    assert TokenBlocks.load(tmp_path / "store" / "tokens" / "test").hash == make_blocks(3).hash
+    test_tokens = tokens_folder(tmp_path / "store", "test", grown.manifest["tokens"]["test"])
+    assert TokenBlocks.load(test_tokens).hash == make_blocks(3).hash
     for hook in (HOOK, SECOND_HOOK):
         captured = [
             activations[hook].bfloat16()
@@ -303,6 +309,38 @@ def test_appended_text_follows_what_is_there(model: LanguageModel, tmp_path: Pat
     # Once more the same text: it is there.
     assert append_store(model, second, tmp_path / "store").n_rows == grown.n_rows
     assert contents(tmp_path / "store") == after
+
+
+def test_text_is_appended_in_the_batches_of_what_is_there(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store captured on a CPU grows on a GPU, and nothing of it is captured again."""
+    write_store(model, make_blocks(18), [HOOK], tmp_path / "store")
+    captured = []
+    rows = writer_module.Writer.rows
+
+    def spy(self: writer_module.Writer, block_range: tuple[int, int]) -> dict:
+        captured.append(block_range)
+        return rows(self, block_range)
+
+    monkeypatch.setattr(writer_module.Writer, "rows", spy)
+    monkeypatch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: 64)
+    append_store(model, make_blocks(6, seed=1), tmp_path / "store")
+    assert captured == [(18, 22), (22, 24)]
+
+
+def test_a_repaired_shard_without_roles_stays_so_beside_appended_chats(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    write_store(model, make_blocks(8), [HOOK], tmp_path / "store", about={"text": "plain"})
+    chats = make_blocks(8, seed=1)
+    counted = np.random.default_rng(1).random((8, CONTEXT)) < 0.5
+    append_store(model, replace(chats, counted=counted), tmp_path / "store")
+    before = contents(tmp_path / "store")
+    (tmp_path / "store" / "shard-00000.safetensors").unlink()
+    assert repair_store(tmp_path / "store", model, lambda about: {}).other_bits == []
+    assert contents(tmp_path / "store") == before
+    assert ActivationStore.open(tmp_path / "store").at().counts["other role"] > 0
 
 
 def test_an_interrupted_append_continues_to_the_same_bytes(model: LanguageModel, tmp_path: Path) -> None:
@@ -332,7 +370,7 @@ def test_appending_what_does_not_belong_is_refused(model: LanguageModel, tmp_pat
         append_store(model, longer, tmp_path / "store")
     with pytest.raises(Stop):
         write_store(model, make_blocks(20), [HOOK], tmp_path / "half", progress=stop_after(9 * CONTEXT))
-    with pytest.raises(InputError, match="is unfinished: run the sae capture that began it again before"):
+    with pytest.raises(InputError, match="is unfinished: run the command that was interrupted again before"):
         append_store(model, make_blocks(8, seed=1), tmp_path / "half")
 
 
@@ -347,6 +385,14 @@ def test_a_folder_with_something_else_in_it_is_left_alone(model: LanguageModel, 
     make_blocks(4).save(tmp_path / "tokens")
     with pytest.raises(InputError, match="holds token blocks, not a store of activations"):
         write_store(model, make_blocks(4), [HOOK], tmp_path / "tokens")
+    # Nothing of anybody else's is taken for ours by its name.
+    for number, name in enumerate((".pre-commit-config.yaml", "shard-00000.tar", "tokens/mine/a.txt")):
+        other = tmp_path / f"other-{number}" / name
+        other.parent.mkdir(parents=True)
+        other.write_text("mine")
+        with pytest.raises(InputError, match="which is no part of a store of activations"):
+            write_store(model, make_blocks(4), [HOOK], tmp_path / f"other-{number}")
+        assert other.read_text() == "mine"
     with pytest.raises(InputError, match=r"thesis\.txt is a file, and a store needs a folder"):
         write_store(model, make_blocks(4), [HOOK], tmp_path / "thesis.txt")
 

@@ -13,6 +13,8 @@ from activations import writer as writer_module
 from activations.blocks import TokenBlocks
 from activations.errors import InputError
 from activations.models import LanguageModel
+from activations.store import ActivationStore, own_hash
+from activations.store_stream import StoreStream
 from activations.verify import Damage, Repair, repair_store, verify_store
 from activations.writer import append_store, write_store
 
@@ -37,6 +39,7 @@ def model() -> LanguageModel:
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SHARD_BYTES", 16_000)
     monkeypatch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: 4)
+    monkeypatch.setattr(plan_module, "LEAST_BATCHES", {"cpu": 1})
 
 
 @pytest.fixture
@@ -122,30 +125,91 @@ def test_what_cannot_be_repaired_is_said(
     assert str(error.value) == (
         f"{folder} was captured with another model than other: give that one with --model."
     )
-    with monkeypatch.context() as patch:
-        patch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: 2)
+    for name, dtype in (
+        ("whole", None),
+        ("half", "bfloat16"),
+    ):  # the same weights, computing in another format
+        tiny_hf_model("llama").save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        loaded = LanguageModel.load(str(tmp_path / "model"), dtype=dtype)
+        if name == "whole":
+            write_store(loaded, SPLITS["train"], [HOOK], tmp_path / "loaded")
+            (tmp_path / "loaded" / "shard-00001.safetensors").unlink()
+            continue
         with pytest.raises(InputError) as error:
-            repair_store(folder, model, no_text)
+            repair_store(tmp_path / "loaded", loaded, no_text)
     assert str(error.value) == (
-        f"{folder} cannot be repaired here: its batch_blocks would not be as it was captured."
+        f"{tmp_path / 'loaded'} cannot be repaired here: its dtype would not be as it was captured."
     )
-    flip(folder / "tokens" / "train" / "manifest.json", 300)
+    (train,) = folder.glob("tokens/train-*")
+    flip(train / "manifest.json", 300)
     with pytest.raises(InputError, match="and the text that they were made from has changed"):
         repair_store(folder, model, lambda about: {"train": make_blocks(30, seed=9)})
-    for path in [folder / "manifest.json", *folder.glob("tokens/*/manifest.json")]:
-        path.write_text(json.dumps({"kind": "nothing"}))
-    with pytest.raises(InputError, match=r"manifest.json and the tokens beside it are damaged: run the sae"):
+    for name in ("manifest.json", "start.json"):
+        (folder / name).write_text(json.dumps({"kind": "nothing"}))
+    with pytest.raises(InputError, match=r"manifest.json and start.json are both damaged: capture again"):
         repair_store(folder, model, no_text)
-    with pytest.raises(InputError, match="is no store of activations: it has neither"):
+    with pytest.raises(InputError, match="is no store of activations: it has no"):
         verify_store(tmp_path)
 
 
-def test_an_unfinished_store_is_verified_as_far_as_it_goes(model: LanguageModel, tmp_path: Path) -> None:
+def test_a_store_of_a_newer_saescope_is_not_damaged(folder: Path, model: LanguageModel) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["format_version"] = 99
+    manifest["hash"] = own_hash(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for action in (verify_store, ActivationStore.open, lambda f: repair_store(f, model, no_text)):
+        with pytest.raises(
+            InputError, match="was written in format 99, and this saescope reads up to format"
+        ):
+            action(folder)
+
+
+def test_a_store_is_repaired_in_the_batches_it_was_captured_in(
+    folder: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(folder)
+    (folder / "shard-00001.safetensors").unlink()
+    monkeypatch.setattr(plan_module, "blocks_per_batch", lambda model, context_length: 64)  # as on a GPU
+    assert repair_store(folder, model, no_text) == Repair(["shard-00001.safetensors"], [])
+    assert contents(folder) == whole
+
+
+def test_manifest_and_tokens_damaged_at_once(folder: Path, model: LanguageModel) -> None:
+    whole = contents(folder)
+    flip(folder / "manifest.json", 1000)
+    (train,) = folder.glob("tokens/train-*")
+    flip(train / "ids.npy", 2000)
+    tokens = train.relative_to(folder).as_posix()
+    assert verify_store(folder) == [Damage("manifest.json", "was changed"), Damage(tokens, "was changed")]
+    repair_store(folder, model, text)
+    assert contents(folder) == whole
+
+
+def test_a_copy_in_training_order_does_not_outlive_the_damage_it_was_made_from(
+    folder: Path, model: LanguageModel
+) -> None:
+    settings = {"batch_size": 16, "n_batches": 20, "seed": 3}
+    copy = folder / "shuffled" / "copy"
+    flip(folder / "shard-00000.safetensors", 8 * 20_000 // 2)
+    list(StoreStream.external(ActivationStore.open(folder).at(HOOK), copy, **settings))
+    repair_store(folder, model, no_text)
+    held = ActivationStore.open(folder).at(HOOK)
+    both = zip(StoreStream.exact(held, **settings), StoreStream.external(held, copy, **settings), strict=True)
+    assert all((a == b).all() for a, b in both)
+
+
+def test_an_unfinished_store_is_verified_as_far_as_it_goes_and_finished_by_repair(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    write_store(model, make_blocks(40), [HOOK], tmp_path / "whole")
     folder = tmp_path / "half"
     with pytest.raises(Stop):
         write_store(model, make_blocks(40), [HOOK], folder, progress=stop_after(33 * CONTEXT))
     assert verify_store(folder) == []
     flip(folder / "shard-00000.safetensors", 9000)
     assert verify_store(folder) == [Damage("shard-00000.safetensors", "was changed")]
-    with pytest.raises(InputError, match="is unfinished: run the same sae capture again"):
-        repair_store(folder, model, no_text)
+    repair = repair_store(folder, model, no_text)
+    assert "shard-00000.safetensors" in repair.files
+    assert repair.other_bits == []
+    assert contents(folder) == contents(tmp_path / "whole")
