@@ -396,7 +396,8 @@ def _check_replaceable(
 ) -> None:
     """Refuse to write into a folder that holds anything but a store, or a store of other activations."""
     if found is not None:
-        changed = [name for name, value in plan.inputs.items() if found.get(name) != value]
+        cut = ("batch_blocks", "shard_blocks")  # follow from the rest
+        changed = [n for n, value in plan.inputs.items() if n not in cut and found.get(n) != value]
         if changed and not replace_other:
             raise InputError(
                 f"{folder} holds other activations (their {', '.join(changed)} differ): give another --out, or --append"

@@ -16,7 +16,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -131,7 +131,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, options = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in options
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return any(_fits(value, option) for option in options)
     if origin is tuple:
         return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
@@ -145,7 +145,7 @@ def _in_words(hint: Any) -> str:
     options = [option for option in get_args(hint) if option is not NoneType]
     if get_origin(hint) is Literal:
         return f"one of {', '.join(options)}"
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_in_words, options))
     if get_origin(hint) is tuple:
         return f"a list, each item {_in_words(options[0])}"

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from command import Command, environment, tree
-from store_helpers import contents
-from tiny_models import tiny_hf_model, tiny_tokenizer
+from store_helpers import contents, make_blocks
+from tiny_models import tiny_hf_model, tiny_language_model, tiny_tokenizer
 
+from activations.corpus import CorpusConfig
 from activations.store import ActivationStore
+from activations.writer import write_store
 from features.pipeline import Pipeline
 from features.run import open_run
 from sae.config import SAEConfig, TrainConfig
@@ -165,17 +167,18 @@ def test_verify_names_and_repair_mends(store: Path, tmp_path: Path, sae: Command
     import shutil
 
     copy = tmp_path / "store"
-    shutil.copytree(store, copy)
+    shutil.copytree(store, copy, ignore=shutil.ignore_patterns("shuffled"))
     whole = contents(copy)
     path = copy / "shard-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-7] ^= 4
     path.write_bytes(data)
-    (copy / "tokens" / "test" / "ids.npy").unlink()
+    (lost,) = copy.glob("tokens/test-*/ids.npy")
+    lost.unlink()
     sae("store", "verify", copy, status=1)
     printed = sae.output
     assert "shard-00000.safetensors was changed" in printed
-    assert "tokens/test/ids.npy is missing" in printed
+    assert f"{lost.relative_to(copy)} is missing" in printed
     assert "Bit for bit as before." in sae("store", "repair", copy)
     assert contents(copy) == whole
     assert "Nothing to repair" in sae("store", "repair", copy)
@@ -218,7 +221,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_trace(
         "order 'external' is for a store of activations: give --store, or leave it out."
     )
     assert sae.refused("store", "verify", tmp_path) == (
-        f"{tmp_path} is no store of activations: it has neither manifest.json nor shards.jsonl."
+        f"{tmp_path} is no store of activations: it has no manifest.json."
     )
     assert tree(store) == before
     assert not out.exists()
@@ -241,6 +244,42 @@ def test_another_model_in_the_place_of_the_one_captured(
         f"{tmp_path / 'store'} was captured with another model than {model}: give that one with --model."
     )
     assert "Bit for bit" in sae("store", "repair", tmp_path / "store", "--model", own[0])
+
+
+def test_a_run_whose_store_was_captured_anew_is_refused(
+    own: tuple[Path, Path], tmp_path: Path, sae: Command
+) -> None:
+    import shutil
+
+    out = tmp_path / "store"
+    sae("capture", "--out", out, "--hook-names", HOOKS[0], *words(own))
+    train = ["train", "--out", tmp_path / "run", "--store", out, "--d-sae", "64", "--k", "4"]
+    sae(*train)
+    shutil.rmtree(out)
+    sae("capture", "--out", out, "--hook-names", HOOKS[1], *words(own), "--outlier-factor", "5")
+    assert sae.refused("index", tmp_path / "run") == (
+        f"{out} holds other activations now than those that this run was trained on: move it away, or train another"
+        " run."
+    )
+    shutil.rmtree(out)
+    sae("index", tmp_path / "run")  # from the text and the model again
+
+
+def test_a_loaded_model_and_a_store_of_ones_own(tmp_path: Path) -> None:
+    """From Python: a store written from token blocks, without a word on where they are from."""
+    model = tiny_language_model("gpt2")
+    write_store(model, make_blocks(60), ["blocks.1.hook_mlp_out"], tmp_path / "store")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"text number {n} " * 9}) for n in range(6000)))
+    config = TrainConfig(
+        store=str(tmp_path / "store"),
+        corpus=CorpusConfig(text=(str(texts),)),
+        sae=SAEConfig(d_sae=64, k=4),
+    )
+    pipeline = Pipeline(tmp_path / "run", config, model=model)
+    pipeline.start()
+    assert pipeline.train().hook_name == "blocks.1.hook_mlp_out"
+    assert pipeline.evaluate(pipeline.sae()).tokens > 0
 
 
 def test_centred_activations_are_remembered_by_the_sae(

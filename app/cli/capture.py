@@ -78,6 +78,6 @@ def _announce(job: "CaptureJob", folder: Path, append: bool) -> None:
     if job.blocks.n_tokens < job.config.tokens:
         console.print(f"  The text holds {job.blocks.n_tokens:,} training tokens, fewer than asked for.")
     for note in job.corpus.notes:
-        console.print(f"  {note}", soft_wrap=True, markup=False)
+        console.print(f"  {note}", soft_wrap=True)
     for sentence in job.shortage:
-        console.print(f"  For later evaluation or labels: {sentence}", soft_wrap=True, markup=False)
+        console.print(f"  For later evaluation or labels: {sentence}", soft_wrap=True)

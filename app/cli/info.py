@@ -140,12 +140,11 @@ def _describe_store(path: Path) -> None:
         f" {store.blocks.context_length}, as {store.at(store.hook_names[0]).stored_as},"
         f" {size / 1e6:,.1f} MB{state}",
         soft_wrap=True,
-        markup=False,
     )
     for capture in store.manifest["captures"]:
         if "config" in capture:
             text = " ".join(capture["config"]["corpus"]["text"])
-            console.print(f"  {capture['config']['model']} on {text}", soft_wrap=True, markup=False)
+            console.print(f"  {capture['config']['model']} on {text}", soft_wrap=True)
     print_store(store)
 
 

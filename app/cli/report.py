@@ -45,7 +45,6 @@ def print_store(store: ActivationStore) -> None:
         console.print(
             f"  {name}: {held.counts['kept']:,} rows of width {held.width:,} count; left out: {left_out}",
             soft_wrap=True,
-            markup=False,
         )
 
 
@@ -57,7 +56,7 @@ def print_demonstration(shown: Demonstration, model: LanguageModel, labels: Labe
     console.print(
         f"  Feature {shown.feature}" + (f", {label.text}" if label else ""), soft_wrap=True, markup=False
     )
-    console.print(f"  Its own tokens: {own}", soft_wrap=True, markup=False)
+    console.print(f"  Its own tokens: {own}", soft_wrap=True)
     strength = f"{shown.method} at {shown.strength:g} × its maximum"
     for title, text in (("default", shown.default), (f"steered, {strength}", shown.steered)):
         console.print(Text(f"  {title}", style="dim"))
@@ -72,7 +71,6 @@ def print_demonstration(shown: Demonstration, model: LanguageModel, labels: Labe
         f" --method {shown.method} --seed {shown.seed} --tokens {shown.max_new_tokens}"
         f" --temperature {shown.temperature:g}",
         soft_wrap=True,
-        markup=False,
     )
 
 

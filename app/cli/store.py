@@ -42,7 +42,7 @@ def _verify(folder: Path) -> None:
 
     damaged = verify_store(folder, progress=progress)
     for damage in damaged:
-        console.print(f"  {damage.file} {damage.what}", soft_wrap=True, markup=False)
+        console.print(f"  {damage.file} {damage.what}", soft_wrap=True)
     if damaged:
         console.print(
             f"\n{len(damaged)} damaged: sae store repair {folder} makes them again.", soft_wrap=True
@@ -66,13 +66,12 @@ def _repair(given: Arguments) -> None:
             f"Nothing to repair: every file in {given.folder} is as it was written.", soft_wrap=True
         )
         return
-    console.print(f"Made again: {', '.join(repair.files)}.", soft_wrap=True, markup=False)
+    console.print(f"Made again: {', '.join(repair.files)}.", soft_wrap=True)
     if repair.other_bits:
         console.print(
             f"This machine gives other bits than the one that captured {', '.join(repair.other_bits)}: the same"
             " activations up to rounding, under new hashes.",
             soft_wrap=True,
-            markup=False,
         )
     else:
         console.print("Bit for bit as before.")

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     if store is not None and not store.store.complete:
         console.print(f"  {store.folder} is unfinished: training reads what is there.", soft_wrap=True)
     for note in pipeline.corpus.notes:
-        console.print(f"  {note}", soft_wrap=True, markup=False)
+        console.print(f"  {note}", soft_wrap=True)
     available = pipeline.train_blocks.n_tokens if store is None else store.n_kept
     if available < config.resolved_tokens():
         console.print(
