@@ -77,9 +77,18 @@ class TokenBlocks:
         return digest.hexdigest()
 
     def first(self, n_blocks: int) -> "TokenBlocks":
-        """The first ``n_blocks`` blocks."""
-        counted = None if self.counted is None else self.counted[:n_blocks]
-        return replace(self, ids=self.ids[:n_blocks], documents=self.documents[:n_blocks], counted=counted)
+        """The first ``n_blocks`` blocks, and the names of the documents up to there: the same whatever follows."""
+        documents = self.documents[:n_blocks]
+        # Documents are numbered in the order of the blocks.
+        n_names = 1 + max((int(part.max()) for part in _chunks(documents)), default=PADDING)
+        names = self.names
+        return replace(
+            self,
+            ids=self.ids[:n_blocks],
+            documents=documents,
+            names=names.head(n_names) if isinstance(names, StringTable) else names[:n_names],
+            counted=None if self.counted is None else self.counted[:n_blocks],
+        )
 
     def first_tokens(self, n_tokens: int) -> "TokenBlocks":
         """As many of the first blocks as hold ``n_tokens`` tokens, padding left out; all where there are fewer."""

@@ -84,8 +84,9 @@ class CorpusConfig:
 
     @property
     def name(self) -> str:
-        """The sources in one line."""
-        return " ".join(self.text)
+        """The first two sources, and how many more there are, in one line."""
+        named, more = self.text[:2], len(self.text) - 2
+        return " ".join(named) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

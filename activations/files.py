@@ -119,10 +119,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}."
     for left_over in list(path.parent.glob(f"{glob.escape(prefix)}*")):
-        is_retired = left_over.suffix == _RETIRED
         if "." in left_over.name.removeprefix(prefix).removesuffix(_RETIRED):
             continue  # of a folder whose name goes on
-        if is_retired and not path.exists():
+        if left_over.suffix == _RETIRED and not path.exists():
             os.replace(left_over, path)
         else:
             shutil.rmtree(left_over, ignore_errors=True)

@@ -1,9 +1,10 @@
 """What every model here has, whether it reads text or pictures: weights, hooks, and two ways to run."""
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -15,10 +16,18 @@ from activations.architectures import ARCHITECTURES, STREAM_HOOKS, architecture_
 from activations.bridge import bridge_backend, centring_has_effect, start_bridge
 from activations.edits import EditScope
 from activations.errors import InputError
-from activations.files import hash_files, hash_tensors
+from activations.files import hash_files, hash_json, hash_tensors
 from activations.hooks import Backend, HookSites, missing_hook
 
 RunPath = Literal["auto", "sdpa", "bridge"]
+
+_SHAPES_NOTHING = re.compile(
+    r"_?name_or_path|_commit_hash|architectures|auto_map|transformers_version|tokenizer_class"  # where it is from
+    r"|(torch_|_pre_quantization_)?dtype|_?(attn|experts)_implementation.*"  # how it was loaded
+    r"|use_cache|return_dict|torchscript|output_(attentions|hidden_states|router_logits|scores)"  # what it returns
+    r"|.*_token_ids?|id2label|label2id|num_labels|problem_type|task_specific_params"  # what its outputs mean
+)
+"""Settings of a configuration on which no activation depends."""
 
 
 class HookedModel(ABC):
@@ -84,15 +93,17 @@ class HookedModel(ABC):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over the weight files, or over the tensors of a model that was not loaded from files.
+        """sha256 over the weights and over what else decides the activations.
 
-        Another one where centred writing weights change what is captured.
+        The weights are those of the files, or the tensors of a model that was not loaded from files; the rest are the
+        settings in its configuration that the computation depends on, and whether centred writing weights change
+        what is captured.
         """
         if self._weight_files:
             weights = hash_files(self._weight_files)
         else:
             weights = hash_tensors(_plain_tensors(self._any_model.state_dict()))
-        return sha256(f"{weights} centred".encode()).hexdigest() if self._centred else weights
+        return hash_json([weights, computation_settings(self._any_model.config), self._centred])
 
     def hook_widths(self) -> dict[str, int]:
         """Every hook that the SDPA path serves, in the order of the computation, and the width there.
@@ -209,6 +220,32 @@ class HookedModel(ABC):
             if self._lazy_bridge_backend is None:
                 self._lazy_bridge_backend = bridge_backend(bridge, centred=centred)
             return self._lazy_bridge_backend
+
+
+def computation_settings(config: Any) -> dict[str, Any]:
+    """The settings of a Hugging Face configuration that decide what its model computes from given weights.
+
+    Of a model that reads more than text, those of its text part; and how its weights are quantised, if they are. Those
+    at the default of their model type are left out: newer versions of transformers have more of them.
+    """
+    text_config = config.get_text_config()
+    settings = _as_json(text_config)
+    try:
+        defaults = _as_json(type(text_config)())
+    except Exception:  # a few cannot be made of nothing, each with its own exception
+        defaults = {}
+    shaping = {
+        name: value
+        for name, value in settings.items()
+        if not _SHAPES_NOTHING.fullmatch(name) and (name not in defaults or value != defaults[name])
+    }
+    quantization = _as_json(config).get("quantization_config")
+    return {**shaping, "model_type": settings["model_type"], "quantization_config": quantization}
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return settings
 
 
 def _in_features(module: nn.Module) -> int:

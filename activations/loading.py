@@ -15,6 +15,7 @@ import torch
 
 from activations.errors import InputError
 from activations.files import read_json
+from activations.processes import local_rank
 from activations.tokenizer import Tokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -29,12 +30,15 @@ T = TypeVar("T")
 def resolve_device(device: str | None) -> torch.device:
     """The device of that name; None means the CUDA device if there is one, else the MPS device, else the CPU.
 
+    Of several CUDA devices, each process that ``torchrun`` started on this machine takes its own.
+
     Raises:
         InputError: this machine has no such device.
     """
     if device is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            rank = local_rank()
+            return torch.device("cuda") if rank is None else torch.device("cuda", rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)

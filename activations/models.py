@@ -118,8 +118,8 @@ class LanguageModel(HookedModel):
 
         Args:
             name: ``"builtin"``, a folder, or a hub name such as ``gpt2``.
-            device: ``"cpu"``, ``"cuda"``, ``"mps"``; None takes the CUDA device if there is one, else the MPS
-                device, else the CPU.
+            device: ``"cpu"``, ``"cuda"``, ``"mps"``; None takes the CUDA device if there is one (under ``torchrun``
+                that of the process), else the MPS device, else the CPU.
             dtype: of the weights, as a torch dtype or by name (``"float32"``, ``"bfloat16"``, ``"float16"``); None
                 means float32 on the CPU, where half precision is slow, and elsewhere the checkpoint's own.
             path: ``"sdpa"`` hooks the plain Hugging Face model; ``"bridge"`` runs everything through

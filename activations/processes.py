@@ -25,6 +25,12 @@ class Processes:
 ALONE = Processes()
 
 
+def local_rank() -> int | None:
+    """Number of this process among those that ``torchrun`` started on this machine; None without ``torchrun``."""
+    rank = os.environ.get("LOCAL_RANK")
+    return None if rank is None else int(rank)
+
+
 def started_processes() -> Processes:
     """Those that ``torchrun`` started, of which this is one; otherwise this process alone.
 

@@ -12,11 +12,13 @@ permutation. A folder holds::
 """
 
 import shutil
-from io import FileIO
+import weakref
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from activations.errors import InputError
@@ -45,7 +47,7 @@ def external_bytes(source: RowSource, *, memory_bytes: int = MEMORY_BYTES) -> in
 class ShuffledReader:
     """Reads rows from a copy in the order of training, chunk by chunk; every chunk is checked.
 
-    Made by :meth:`make`.
+    Made by :meth:`make`. The files stay open, so that a copy that is replaced meanwhile is read to the end.
     """
 
     def __init__(self, source: RowSource, seed: int, folder: Path):
@@ -55,6 +57,9 @@ class ShuffledReader:
         self._check_size(self._path, source.n_rows * self.format.row_bytes)
         self._check_size(folder / CHECKSUMS_FILE, 8 * -(-source.n_rows // CHUNK))
         self._checksums = np.memmap(folder / CHECKSUMS_FILE, "<u8", mode="r")
+        self._file = self._path.open("rb", buffering=0)
+        self._place = Lock()  # one place in the file serves all threads
+        weakref.finalize(self, self._file.close)
 
     @classmethod
     def make(
@@ -68,6 +73,8 @@ class ShuffledReader:
     ) -> "ShuffledReader":
         """Write the copy to ``folder``, or open it if it is there; a copy of other rows or seed is replaced.
 
+        While another process writes it, this waits; a lock file beside the folder tells.
+
         Args:
             seed: draws the order.
             memory_bytes: what the passes may hold in memory.
@@ -78,18 +85,13 @@ class ShuffledReader:
         """
         folder = Path(folder)
         inputs = _inputs(source, seed)
-        if not is_finished(folder, KIND, inputs):
-            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-                read_manifest(folder, KIND)  # refuses what is not ours
-            needed = external_bytes(source, memory_bytes=memory_bytes)
-            if room_for(folder, freed=folder.glob("*.bin")) < needed:
-                raise InputError(_no_space(folder, needed))
-            shutil.rmtree(folder, ignore_errors=True)
-            with room_needed(_no_space(folder, needed)), new_folder(folder) as new:
-                with progress("shuffle", total=2 * source.n_rows, unit="rows") as step:
-                    _shuffle(source, seed, new, memory_bytes, step)
-                write_manifest(new, KIND, inputs)
-        return cls(source, seed, folder)
+        if is_finished(folder, KIND, inputs):  # nothing is written, so the disk may be read-only
+            return cls(source, seed, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".lock-{folder.name}")):
+            if not is_finished(folder, KIND, inputs):
+                _write_copy(source, seed, folder, inputs, memory_bytes, progress)
+            return cls(source, seed, folder)
 
     def read(self, positions: np.ndarray, rows: np.ndarray, out: Tensor) -> np.ndarray:
         """See :class:`activations.ordered.RowReader`.
@@ -99,16 +101,16 @@ class ShuffledReader:
         """
         chunks, place = np.divmod(positions, CHUNK)
         is_new = np.diff(chunks, prepend=-1) != 0
-        with self._path.open("rb", buffering=0) as file:
-            for i, chunk in enumerate(chunks[is_new]):
-                self._read_chunk(file, int(chunk), out.numpy()[i * CHUNK : (i + 1) * CHUNK])
+        for i, chunk in enumerate(chunks[is_new]):
+            self._read_chunk(int(chunk), out.numpy()[i * CHUNK : (i + 1) * CHUNK])
         return (np.cumsum(is_new) - 1) * CHUNK + place
 
-    def _read_chunk(self, file: FileIO, chunk: int, out: np.ndarray) -> None:
+    def _read_chunk(self, chunk: int, out: np.ndarray) -> None:
         first = chunk * CHUNK
         out = out[: self.source.n_rows - first]
-        file.seek(first * self.format.row_bytes)
-        n_read = file.readinto(out.reshape(-1).data)
+        with self._place:
+            self._file.seek(first * self.format.row_bytes)
+            n_read = self._file.readinto(out.reshape(-1).data)
         if n_read != out.nbytes or _checksum(out) != self._checksums[chunk]:
             raise InputError(
                 f"{self._path} is damaged at rows {first} to {first + len(out) - 1}: {self._remedy}"
@@ -138,6 +140,26 @@ def _inputs(source: RowSource, seed: int) -> dict[str, str | int]:
 def _bucket_rows(format_: RowFormat, memory_bytes: int) -> int:
     """How many rows fit twice into the memory, with the arrays that say where they go: whole chunks."""
     return max(1, memory_bytes // (2 * format_.row_bytes + _INDEX_BYTES) // CHUNK) * CHUNK
+
+
+def _write_copy(
+    source: RowSource,
+    seed: int,
+    folder: Path,
+    inputs: dict[str, str | int],
+    memory_bytes: int,
+    progress: Progress,
+) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        read_manifest(folder, KIND)  # refuses what is not ours
+    needed = external_bytes(source, memory_bytes=memory_bytes)
+    if room_for(folder, freed=folder.glob("*.bin")) < needed:
+        raise InputError(_no_space(folder, needed))
+    shutil.rmtree(folder, ignore_errors=True)  # makes room
+    with room_needed(_no_space(folder, needed)), new_folder(folder) as new:
+        with progress("shuffle", total=2 * source.n_rows, unit="rows") as step:
+            _shuffle(source, seed, new, memory_bytes, step)
+        write_manifest(new, KIND, inputs)
 
 
 def _shuffle(source: RowSource, seed: int, folder: Path, memory_bytes: int, step: Step) -> None:

@@ -182,9 +182,15 @@ class ActivationStream(Iterator[Tensor]):
         if self._batches_done == self.n_batches:
             self._close()
             raise StopIteration
-        # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
-        with single_threaded():
-            return self._next()
+        place = self._batches_done, self._round_place
+        try:
+            # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
+            with single_threaded():
+                return self._next()
+        except BaseException:
+            self._batches_done, self._round_place = place
+            self._close()  # the buffer is filled again, for the batch that was not given
+            raise
 
     def _next(self) -> Tensor:
         if self._buffer is None:

@@ -54,6 +54,11 @@ class StringTable(Sequence[str]):
         i = range(len(self))[index]
         return bytes(self.text[self.offsets[i] : self.offsets[i + 1]]).decode(errors="surrogateescape")
 
+    def head(self, n: int) -> "StringTable":
+        """The first ``n`` strings, in the same arrays."""
+        offsets = self.offsets[: n + 1]
+        return StringTable(self.text[: offsets[-1]], offsets)
+
 
 class StringCollector:
     """Packs strings one by one."""

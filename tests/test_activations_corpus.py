@@ -352,6 +352,31 @@ def test_the_hash_sees_every_token_and_document() -> None:
     assert blocks(ids=ids.astype(np.int32)).hash == blocks().hash
 
 
+@pytest.mark.parametrize(
+    ("n_sources", "name"),
+    [(1, "{0}"), (2, "{0} {1}"), (3, "{0} {1} and 1 more"), (300, "{0} {1} and 298 more")],
+)
+def test_sentences_name_two_sources_at_most(n_sources: int, name: str, tmp_path: Path) -> None:
+    """A shell gives hundreds where a glob is not quoted."""
+    write_texts(tmp_path, texts_of("train", n_sources))
+    files = tuple(map(str, sorted(tmp_path.iterdir())))
+    corpus = Corpus(CorpusConfig(text=files))
+    name = name.format(*files)
+    assert corpus.config.name == name
+    with pytest.raises(InputError) as error:
+        corpus.blocks(ByteTokenizer(), "test", 1000, 32)
+    assert str(error.value) == (
+        f"The test split of corpus '{name}' has 0 documents, and metrics need at least 100: give more documents"
+        " (about one in 50 is held out)."
+    )
+    with pytest.raises(InputError) as error:
+        corpus.blocks(ByteTokenizer(), "score", 1000, 32)
+    assert str(error.value) == (
+        f"The score split of corpus '{name}' is empty (documents in all splits: {n_sources}): give a source that holds"
+        " more text."
+    )
+
+
 def test_a_large_vocabulary_takes_int32(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 128_256

@@ -19,6 +19,7 @@ from tiny_models import (
     one_thread,
     padding_mask,
     random_ids,
+    tiny_config,
     tiny_hf_model,
     tiny_language_model,
     tiny_tokenizer,
@@ -26,7 +27,8 @@ from tiny_models import (
 
 from activations import loading
 from activations.errors import InputError
-from activations.files import hash_files, hash_tensors
+from activations.files import hash_json
+from activations.hooked import computation_settings
 from activations.models import LanguageModel
 
 
@@ -59,7 +61,7 @@ def refusal(name: str | Path, **options: Any) -> str:
     return str(error.value)
 
 
-def test_a_local_folder(saved: Path) -> None:
+def test_a_local_folder(saved: Path, tmp_path: Path) -> None:
     model = LanguageModel.load(str(saved), device="cpu")
     assert model.name == str(saved)
     assert (model.n_layers, model.d_model, model.n_heads, model.d_head) == (3, 32, 4, 10)
@@ -69,7 +71,9 @@ def test_a_local_folder(saved: Path) -> None:
     assert LanguageModel.load(str(saved), dtype=torch.float16, device="cpu").dtype == torch.float16
     assert LanguageModel.load(str(saved), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
     assert model.tokenizer.eos_ids == {0, 7}  # from generation_config.json
-    assert model.hash == hash_files([saved / "model.safetensors"])
+    moved = tmp_path / "moved"
+    shutil.copytree(saved, moved)
+    assert LanguageModel.load(str(moved), device="cpu", dtype="bfloat16").hash == model.hash
     ids = random_ids(1, 5)
     reference = tiny_hf_model("llama")
     with torch.no_grad():
@@ -105,8 +109,78 @@ def test_the_bundled_model() -> None:
 def test_hash_of_a_model_in_memory() -> None:
     hf_model = tiny_hf_model("gpt2")
     model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), "mine")
-    assert (model.name, model.hash) == ("mine", hash_tensors(hf_model.state_dict()))
+    assert model.name == "mine"
+    assert LanguageModel.from_hf(tiny_hf_model("gpt2"), tiny_tokenizer(), "yours").hash == model.hash
     assert LanguageModel.from_hf(tiny_hf_model("gpt2", seed=1), tiny_tokenizer(), "mine").hash != model.hash
+
+
+def in_memory(config: Any) -> LanguageModel:
+    """A Llama with this configuration whose weights do not depend on it."""
+    return LanguageModel.from_hf(tiny_hf_model("llama", config=config), tiny_tokenizer(), "mine")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rms_norm_eps": 1e-3},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+        {"hidden_act": "gelu"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_the_hash_covers_settings_that_shape_the_activations(settings: dict[str, Any]) -> None:
+    plain, changed_config = tiny_language_model("llama"), tiny_config("llama")
+    for name, value in settings.items():
+        setattr(changed_config, name, value)
+    changed = in_memory(changed_config)
+    assert all(map(torch.equal, plain._hf_model.parameters(), changed._hf_model.parameters()))
+    ids, hook = random_ids(1, 9), "blocks.2.hook_resid_post"
+    assert not torch.allclose(plain.capture(ids, [hook])[hook], changed.capture(ids, [hook])[hook])
+    assert changed.hash != plain.hash
+
+
+def test_the_hash_covers_how_weights_are_quantised() -> None:
+    config = tiny_config("llama")
+    expected, hashes = computation_settings(config), set()
+    for bits in (4, 8):
+        config.quantization_config = {"quant_method": "gptq", "bits": bits}
+        assert computation_settings(config) == {**expected, "quantization_config": config.quantization_config}
+        hashes.add(hash_json(computation_settings(config)))
+    assert len(hashes) == 2
+    config.quantization_config = None
+    assert computation_settings(config) == expected
+
+
+def test_the_hash_leaves_out_settings_that_shape_nothing() -> None:
+    hf_model = tiny_hf_model("llama")
+    config = hf_model.config
+    config.use_cache, config.pad_token_id, config.bos_token_id = False, 3, 5
+    config.architectures, config._name_or_path, config.dtype = ["Llama"], "somewhere", torch.bfloat16
+    config.output_hidden_states, config.id2label = True, {0: "good", 1: "bad"}
+    model = LanguageModel.from_hf(hf_model, tiny_tokenizer(), "mine")
+    assert model.hash == tiny_language_model("llama").hash
+    eager = LanguageModel.from_hf(tiny_hf_model("llama", attention="eager"), tiny_tokenizer(), "mine")
+    assert eager.hash == tiny_language_model("llama").hash
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3", "bert", "mamba"])
+def test_the_hash_is_the_same_after_saving_and_loading(architecture: str, tmp_path: Path) -> None:
+    def saved_and_loaded(hf_model: Any, folder: Path) -> LanguageModel:
+        hf_model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return LanguageModel.load(str(folder), device="cpu")
+
+    hf_model = tiny_hf_model(architecture)
+    settings = computation_settings(hf_model.config)
+    before = LanguageModel.from_hf(tiny_hf_model(architecture), tiny_tokenizer(), "mine").hash
+    once = saved_and_loaded(hf_model, tmp_path / "once")
+    twice = saved_and_loaded(once._hf_model, tmp_path / "twice")
+    assert once.hash == twice.hash
+    assert settings == computation_settings(hf_model.config) == computation_settings(once._hf_model.config)
+    for model in (hf_model, once._hf_model):
+        assert LanguageModel.from_hf(model, tiny_tokenizer(), "mine").hash == before
+    assert settings["vocab_size"] == 320
 
 
 WIDE_HEADS = {"llama", "qwen3", "gemma2", "gemma3_text", "gemma3", "qwen3_moe"}
@@ -420,6 +494,19 @@ def test_capturing_into_the_callers_tensors() -> None:
     assert str(error.value) == (
         "out holds a buffer for blocks.0.hook_mlp_out, which is not among the hooks to capture."
     )
+
+
+def test_every_process_on_a_machine_takes_its_own_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert loading.resolve_device(None) == torch.device("cuda")
+    for rank in (0, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert loading.resolve_device(None) == torch.device("cuda", rank)
+        assert loading.resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert loading.resolve_device(None) == torch.device("cpu")
 
 
 def test_the_device_is_chosen_by_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from activations.corpus import Corpus, CorpusConfig
 from activations.errors import InputError
 from activations.mixing import mixed
 from activations.packing import FLUSH_TOKENS, Packer, TokenDocument
+from activations.strings import StringTable
 
 ROOT = Path(__file__).parents[1]
 SEPARATOR, BOS = 0, 1
@@ -250,6 +252,33 @@ def test_the_hash_and_counts_are_those_of_whole_arrays(monkeypatch: pytest.Monke
     again = TokenBlocks(ids, documents, names, "train", "isolated", False)
     assert (again.hash, again.n_tokens) == expected[:2] == (whole.hash, 300)
     assert [again.first_tokens(n).n_blocks for n in (1, 6, 7, 100, 10**6)] == expected[2] == [1, 1, 2, 17, 50]
+
+
+@pytest.mark.parametrize("pack", [Packer.concatenated, Packer.isolated])
+def test_the_first_blocks_do_not_depend_on_what_follows(
+    pack: Callable[..., TokenBlocks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("activations.blocks.CHUNK", 24)
+    documents = [TokenDocument(f"näme {n}", list(range(2, 4 + n % 23))) for n in range(60)]
+    long = pack(Packer(8, SEPARATOR, None, 100, "train"), documents, 10**6)
+    short = pack(Packer(8, SEPARATOR, None, 100, "train"), documents[:30], 10**6)
+    in_memory = replace(long, names=list(long.names))
+    long.save(tmp_path / "long")
+    mapped = TokenBlocks.load(tmp_path / "long")
+    for n in (0, 1, 2, 7, short.n_blocks - 1):  # the last one of the short ones may be padded
+        owners = long.documents[:n]
+        expected = [f"näme {i}" for i in range(len(set(owners[owners != PADDING].tolist())))]
+        firsts = [blocks.first(n) for blocks in (short, long, mapped, in_memory)]
+        assert [list(first.names) for first in firsts] == [expected] * 4
+        assert len({first.hash for first in firsts}) == 1
+    assert short.first_tokens(100).hash == mapped.first_tokens(100).hash
+    assert long.first(long.n_blocks).hash == long.hash
+    names = mapped.first(7).names
+    assert isinstance(names, StringTable)
+    assert np.shares_memory(names.text, mapped.names.text)  # still in the file
+    assert np.shares_memory(names.offsets, mapped.names.offsets)
+    mapped.first(7).save(tmp_path / "first")
+    assert TokenBlocks.load(tmp_path / "first").names == firsts[3].names[: len(names)]
 
 
 def test_blocks_are_believed_unless_they_are_to_be_verified(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -318,6 +320,57 @@ def test_reading_ahead_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # The shuffled copy
 
 
+def left_in(folder: Path) -> list[str]:
+    """What lies in a folder beside the lock, which stays."""
+    return [path.name for path in folder.iterdir() if path.name != ".lock-shuffled"]
+
+
+def test_two_that_want_the_same_copy_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Rows()
+    shuffle, begun, go_on = shuffled._shuffle, threading.Event(), threading.Event()
+    n_shuffled = 0
+
+    def watched(*arguments: Any) -> None:
+        nonlocal n_shuffled
+        n_shuffled += 1
+        begun.set()
+        go_on.wait(0.5)  # the other is asked meanwhile, and may not finish before this one
+        shuffle(*arguments)
+
+    monkeypatch.setattr(shuffled, "_shuffle", watched)
+
+    def first_batch() -> Tensor:
+        return next(make("external", source, tmp_path))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(first_batch)
+        assert begun.wait(10)
+        second = pool.submit(first_batch)
+        assert torch.equal(second.result(), first.result())
+    assert n_shuffled == 1
+    assert torch.equal(first.result(), next(make("exact", source, tmp_path)))
+    assert left_in(tmp_path) == ["shuffled"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be removed there")
+def test_a_copy_that_is_replaced_meanwhile_is_read_to_the_end(tmp_path: Path) -> None:
+    source, grown = Rows(), replace(Rows(), identity="grown", seed=5)
+    stream = make("external", source, tmp_path)
+    batches = list(islice(stream, 2))
+    make("external", grown, tmp_path)
+    assert all(map(torch.equal, [*batches, *stream], make("exact", source, tmp_path)))
+
+
+def test_a_finished_copy_is_opened_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = next(make("external", Rows(), tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise OSError("the disk cannot be written")
+
+    monkeypatch.setattr(shuffled, "FileLock", refuse)
+    assert torch.equal(next(make("external", Rows(), tmp_path)), expected)
+
+
 def test_a_finished_copy_is_used_again_and_another_one_replaced(tmp_path: Path) -> None:
     source = Rows()
     first = next(make("external", source, tmp_path))
@@ -327,7 +380,7 @@ def test_a_finished_copy_is_used_again_and_another_one_replaced(tmp_path: Path) 
     for changed, seed in [(source, 1), (replace(source, identity="other", seed=5), 0), (Rows(width=6), 0)]:
         again = next(make("external", changed, tmp_path, seed=seed))
         assert torch.equal(again, next(make("exact", changed, tmp_path, seed=seed)))
-    assert [path.name for path in tmp_path.iterdir()] == ["shuffled"]
+    assert left_in(tmp_path) == ["shuffled"]
 
 
 def test_an_interrupted_shuffle_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,12 +388,12 @@ def test_an_interrupted_shuffle_starts_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shuffled, "_checksums", lambda records: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make("external", source, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
     (tmp_path / ".shuffled.killed").mkdir()  # as a killed process leaves it
     (tmp_path / ".shuffled.killed" / "bucket-00000").write_bytes(b"some rows")
     monkeypatch.undo()
     assert torch.equal(next(make("external", source, tmp_path)), next(make("exact", source, tmp_path)))
-    assert [path.name for path in tmp_path.iterdir()] == ["shuffled"]
+    assert left_in(tmp_path) == ["shuffled"]
 
 
 def test_disk_use_is_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +424,7 @@ def test_too_little_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError) as refused:
         make("external", Rows(), tmp_path)
     assert str(refused.value).startswith("The disk has too little room to shuffle the activations into")
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:

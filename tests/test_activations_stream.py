@@ -1,8 +1,11 @@
 """Shuffled batches from the ring buffer, on disk and live."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from tiny_models import tiny_language_model
 from torch import Tensor
 
+from activations import stream as stream_module
 from activations.blocks import TokenBlocks
 from activations.capture import BlockRange, capture_blocks, kept_positions
 from activations.errors import InputError
@@ -20,6 +24,7 @@ from activations.stream import ActivationStream
 from activations.writer import write_store
 
 HOOK = "blocks.1.hook_resid_post"
+module_file = stream_module.__file__
 
 
 class NumberedRows:
@@ -114,6 +119,49 @@ def test_a_stream_goes_back_to_a_state_of_its_own() -> None:
     rest = numbers(list(stream))
     stream.load_state_dict(state)
     assert numbers(list(stream)) == rest
+
+
+def interrupted_once(stream: ActivationStream, line: int) -> tuple[list[list[int]], int]:
+    """All batches of a stream that is interrupted before its ``line``-th line of code and then goes on.
+
+    Returns them, and how many lines were run before the interruption.
+    """
+    n_lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal n_lines
+        if frame.f_code.co_filename != module_file:
+            return None
+        if event == "line":
+            if n_lines == line:
+                raise KeyboardInterrupt  # which also ends the tracing
+            n_lines += 1
+        return trace
+
+    batches, before = [], sys.gettrace()
+    sys.settrace(trace)
+    try:
+        while len(batches) < stream.n_batches:
+            try:
+                batches.append(next(stream))
+            except KeyboardInterrupt:
+                sys.settrace(before)
+    finally:
+        sys.settrace(before)
+    return numbers(batches), n_lines
+
+
+@pytest.mark.parametrize("buffer_rows", [20, 60])
+def test_a_stream_that_was_interrupted_anywhere_goes_on_exactly(buffer_rows: int) -> None:
+    settings = {"n_batches": 17, "buffer_rows": buffer_rows}  # no whole rounds
+    whole = numbers(list(make_stream(NumberedRows(COUNTS[:7]), **settings)))  # 100 rows: into the second pass
+    untouched, n_lines = interrupted_once(make_stream(NumberedRows(COUNTS[:7]), **settings), line=-1)
+    assert untouched == whole
+    assert n_lines > 500
+    for line in range(0, n_lines, 3):
+        batches, n_run = interrupted_once(make_stream(NumberedRows(COUNTS[:7]), **settings), line)
+        assert n_run == line
+        assert batches == whole, line
 
 
 def test_continuing_reads_two_buffers_at_most() -> None:

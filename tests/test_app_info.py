@@ -90,5 +90,5 @@ def test_a_model_that_cannot_be_loaded_as_asked(tmp_path: Path, sae: Command) ->
         "The device 'tpu' is not available on this machine; 'cpu' always is."
     )
     assert sae.refused("info", folder, "--device", "cpu") == (
-        "--device, --dtype and --no-bridge go with --model, not with a run folder."
+        "--device, --dtype and --no-bridge go with --model, not with a folder."
     )
