@@ -11,6 +11,7 @@ permutation. A folder holds::
     manifest.json    what was shuffled, and how
 """
 
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -58,7 +59,7 @@ class ShuffledReader:
         self._check_size(folder / CHECKSUMS_FILE, 8 * -(-source.n_rows // CHUNK))
         self._checksums = np.memmap(folder / CHECKSUMS_FILE, "<u8", mode="r")
         self._file = self._path.open("rb", buffering=0)
-        self._place = Lock()  # one place in the file serves all threads
+        self._place = Lock()  # threads share the place where the file is read, on systems that need one
         weakref.finalize(self, self._file.close)
 
     @classmethod
@@ -108,13 +109,18 @@ class ShuffledReader:
     def _read_chunk(self, chunk: int, out: np.ndarray) -> None:
         first = chunk * CHUNK
         out = out[: self.source.n_rows - first]
-        with self._place:
-            self._file.seek(first * self.format.row_bytes)
-            n_read = self._file.readinto(out.reshape(-1).data)
+        n_read = self._read_at(first * self.format.row_bytes, out.reshape(-1).data)
         if n_read != out.nbytes or _checksum(out) != self._checksums[chunk]:
             raise InputError(
                 f"{self._path} is damaged at rows {first} to {first + len(out) - 1}: {self._remedy}"
             )
+
+    def _read_at(self, offset: int, out: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [out], offset)
+        with self._place:
+            self._file.seek(offset)
+            return self._file.readinto(out)
 
     def _check_size(self, path: Path, expected: int) -> None:
         size = path.stat().st_size if path.is_file() else 0
