@@ -261,7 +261,7 @@ class Pipeline:
             "packing": blocks.packing,
             "exclude_special_tokens": config.rule.exclude_special,
             "max_norm": None if exclusion.max_norm == float("inf") else exclusion.max_norm,
-            "dataset_path": config.corpus.name,
+            "dataset_path": " ".join(config.corpus.text),
             "corpus": self._about_text,
             "corpus_hash": self._text_hash,
             "model_from_pretrained_kwargs": {"center_writing_weights": model.center_writing_weights},
