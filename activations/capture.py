@@ -20,7 +20,7 @@ from activations.exclusion import Exclusion
 if TYPE_CHECKING:
     from activations.models import LanguageModel
 
-TOKENS_PER_BATCH_CPU = 1024
+TOKENS_PER_BATCH_CPU = 2048
 TOKENS_PER_BATCH_GPU = 16_384
 
 BlockRange = tuple[int, int]
@@ -87,13 +87,18 @@ def capture_ranges(
     Shared out among Python threads as :func:`in_order` says. Edits in force (``model.edited``) hold in all.
     """
 
-    def capture(block_range: BlockRange) -> tuple[int, dict[str, Tensor]]:
-        mask = blocks.attention_mask(*block_range)
-        ids = blocks.ids_tensor(*block_range).to(model.device)
-        mask = None if mask is None else mask.to(model.device)
-        return block_range[0], model.capture(ids, hook_names, attention_mask=mask)
+    def work(block_range: BlockRange) -> tuple[int, dict[str, Tensor]]:
+        return block_range[0], capture_range(model, blocks, hook_names, block_range)
 
-    return in_order(model.device, capture, ranges, n_workers=n_workers)
+    return in_order(model.device, work, ranges, n_workers=n_workers)
+
+
+def capture_range(
+    model: "LanguageModel", blocks: TokenBlocks, hook_names: Sequence[str], block_range: BlockRange
+) -> dict[str, Tensor]:
+    """Activations of the blocks of one range, {hook_name: [batch, context, width]}."""
+    mask = blocks.attention_mask(*block_range)
+    return model.capture(blocks.ids_tensor(*block_range), hook_names, attention_mask=mask)
 
 
 def in_order(

@@ -23,7 +23,8 @@ from activations.capture import (
     BlockRange,
     BlockRanges,
     blocks_per_batch,
-    capture_ranges,
+    capture_range,
+    in_order,
     kept_positions,
     single_threaded,
 )
@@ -60,12 +61,11 @@ class _LiveSource:
         self._n_workers = torch.get_num_threads()
 
     def rows(self, ranges: Iterable[BlockRange]) -> Iterator[Tensor]:
-        captured = capture_ranges(
-            self._model, self._blocks, [self._hook_name], ranges, n_workers=self._n_workers
-        )
-        for start, activations in captured:
-            x = activations[self._hook_name]
-            yield x[kept_positions(self._blocks, start, start + len(x), x, self._exclusion)]
+        return in_order(self.device, self._rows, ranges, n_workers=self._n_workers)
+
+    def _rows(self, block_range: BlockRange) -> Tensor:
+        x = capture_range(self._model, self._blocks, [self._hook_name], block_range)[self._hook_name]
+        return x[kept_positions(self._blocks, *block_range, x, self._exclusion)]
 
 
 class _Place(NamedTuple):

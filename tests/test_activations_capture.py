@@ -72,8 +72,8 @@ def test_an_error_in_a_worker_reaches_the_caller(model: LanguageModel) -> None:
 
 
 def test_long_sequences_make_small_batches(model: LanguageModel) -> None:
-    # 1,024 tokens at once on a CPU, but never less than a block
-    assert [blocks_per_batch(model, n) for n in (16, 256, 1000, 1024, 100_000)] == [64, 4, 1, 1, 1]
+    # 2,048 tokens at once on a CPU, but never less than a block
+    assert [blocks_per_batch(model, n) for n in (16, 256, 1000, 1024, 100_000)] == [128, 8, 2, 2, 1]
 
 
 def test_exclusion_leaves_out_special_tokens_and_outliers() -> None:
