@@ -214,7 +214,10 @@ def test_bad_settings_get_one_sentence_and_leave_no_trace(tmp_path: Path, sae: C
         sae.refused("explore", tmp_path / "notes")
         == f"{tmp_path / 'notes'} is not a run: it has no run.toml."
     )
-    assert sae.refused("info") == "sae info takes the folder of a run or a store, or --model NAME, one of the two."
+    assert (
+        sae.refused("info")
+        == "sae info takes the folder of a run or a store, or --model NAME, one of the two."
+    )
     assert sae.refused("teach") == (
         "sae has no verb 'teach': it knows demo, capture, store, train, evaluate, index, steer, explore, info."
     )
