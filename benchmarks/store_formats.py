@@ -5,7 +5,7 @@ SAE on the model's own activations of the test split (never on stored ones). Usa
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/store_formats.py --tokens 1000000 --seeds 3
 
-Prints bytes a token, explained variance and CE recovered, and the difference from float32 by seed.
+Prints bytes a token, explained variance and CE recovered, and the difference from the first format by seed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens")
     parser.add_argument("--seeds", type=int, default=3, help="trainings in each format")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="those to compare")
     parser.add_argument("--d-sae", type=int, default=4096, help="features")
     given = parser.parse_args()
     measured: dict[str, list[tuple[float, float]]] = {}
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = None
-        for stored_as in FORMATS:
+        for stored_as in dict.fromkeys(given.formats):
             job = CaptureJob.prepare(CaptureConfig(tokens=given.tokens, stored_as=stored_as), model=model)
             model = job.model
             store = job.write(folder / stored_as)
@@ -50,10 +51,10 @@ def main() -> None:
                 )
                 print(stored_as, seed, *(f"{x:.5f}" for x in measured[stored_as][-1]), flush=True)
             store.delete()
-    print(f"\n{'format':<10}{'bytes/token':>12}{'EV':>10}{'CE rec.':>10}{'EV − float32, by seed':>40}")
+    print(f"\n{'format':<10}{'bytes/token':>12}{'EV':>10}{'CE rec.':>10}{'EV − that of the first, by seed':>40}")
     for stored_as, runs in measured.items():
         ev, ce = (statistics.mean(run[i] for run in runs) for i in range(2))
-        differences = (a[0] - b[0] for a, b in zip(runs, measured["float32"], strict=True))
+        differences = (a[0] - b[0] for a, b in zip(runs, measured[given.formats[0]], strict=True))
         print(
             f"{stored_as:<10}{sizes[stored_as]:>12.1f}{ev:>10.4f}{ce:>10.4f}"
             f"{'  '.join(f'{d:+.5f}' for d in differences):>40}"

@@ -36,6 +36,13 @@ def main(arguments: Sequence[str]) -> None:
     store = pipeline.store
     if store is not None and not store.store.complete:
         console.print(f"  {store.folder} is unfinished: training reads what is there.", soft_wrap=True)
+    if store is not None and config.order == "external":
+        from activations.shuffled import external_bytes
+
+        console.print(
+            f"  A copy in training order takes up to {external_bytes(store) / 1e6:,.1f} MB beside the store.",
+            soft_wrap=True,
+        )
     for note in pipeline.corpus.notes:
         console.print(f"  {note}", soft_wrap=True)
     available = pipeline.train_blocks.n_tokens if store is None else store.n_kept
