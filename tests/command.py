@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -51,3 +52,11 @@ class Command:
 def environment() -> dict[str, str]:
     """Without the terminal's width, and with the checkout's packages."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "COLUMNS": "120"}
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+HEAR_CTRL_C = None if sys.platform == "win32" else _hear_ctrl_c
+"""``preexec_fn`` of processes that are sent SIGINT: a shell that runs tests in the background has it ignored."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Command, environment, tree
+from command import HEAR_CTRL_C, Command, environment, tree
 from store_helpers import contents, make_blocks
 from tiny_models import tiny_hf_model, tiny_language_model, tiny_tokenizer
 
@@ -339,7 +339,13 @@ def test_a_run_is_resumed_from_a_store_in_the_other_order(store: Path, tmp_path:
 def test_ctrl_c_leaves_a_store_that_can_be_used(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "app.cli", "capture", "--out", "store", "--tokens", "200000"]
     process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        words,
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=HEAR_CTRL_C,
     )
     while not list((tmp_path / "store").glob("shard-*")):
         assert process.poll() is None

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import torch
+from command import HEAR_CTRL_C
 from streamlit.testing.v1 import AppTest
 
 from activations.corpus import Corpus, CorpusConfig
@@ -384,7 +385,13 @@ def test_sae_explore_serves_and_ends_cleanly(run_folder: Path, tmp_path: Path, s
     words = [sys.executable, "-P", "-m", "app.cli", "explore", str(run_folder), "--no-browser"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        words,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=HEAR_CTRL_C,
     )
     try:
         assert process.stdout is not None
