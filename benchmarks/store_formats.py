@@ -51,7 +51,9 @@ def main() -> None:
                 )
                 print(stored_as, seed, *(f"{x:.5f}" for x in measured[stored_as][-1]), flush=True)
             store.delete()
-    print(f"\n{'format':<10}{'bytes/token':>12}{'EV':>10}{'CE rec.':>10}{'EV − that of the first, by seed':>40}")
+    print(
+        f"\n{'format':<10}{'bytes/token':>12}{'EV':>10}{'CE rec.':>10}{'EV − that of the first, by seed':>40}"
+    )
     for stored_as, runs in measured.items():
         ev, ce = (statistics.mean(run[i] for run in runs) for i in range(2))
         differences = (a[0] - b[0] for a, b in zip(runs, measured[given.formats[0]], strict=True))
