@@ -18,6 +18,7 @@ from activations.errors import InputError
 from activations.ordered import CHUNK, ExactReader, RowReader, RowSource
 from activations.progress import Progress, silent
 from activations.shuffled import MEMORY_BYTES, ShuffledReader
+from activations.stream import refuse_other_stream
 
 _WINDOW_BYTES, _WINDOW_POSITIONS = 1 << 25, 1 << 16
 _READERS = 2
@@ -154,12 +155,7 @@ class StoreStream(Iterator[Tensor]):
         Raises:
             InputError: the state is of a stream with another size, seed or source.
         """
-        if state["made"] != self._made:
-            changed = [name for name, value in self._made.items() if state["made"].get(name) != value]
-            raise InputError(
-                f"The checkpoint's activation stream has another {' and '.join(changed)}: continue with the"
-                " settings the run was started with, or start a new run."
-            )
+        refuse_other_stream(state["made"], self._made)
         self._close()
         self._batches_done = state["batches_done"]
         self._position = state["epoch"] * self._n_rows + state["position"]

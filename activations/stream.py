@@ -117,6 +117,23 @@ class _Reader:
             batch += len(ranges) - first
 
 
+def refuse_other_stream(found: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Refuse a state of a stream that was made in another way.
+
+    Args:
+        found: how the stream of the state was made. made: how this one is.
+
+    Raises:
+        InputError: names what differs.
+    """
+    if found != made:
+        changed = [name for name, value in made.items() if found.get(name) != value]
+        raise InputError(
+            f"The checkpoint's activation stream has another {' and '.join(changed)}: continue with the"
+            " settings the run was started with, or start a new run."
+        )
+
+
 class ActivationStream(Iterator[Tensor]):
     """Gives ``n_batches`` batches [batch_size, width], float32, of activations in random order.
 
@@ -220,12 +237,7 @@ class ActivationStream(Iterator[Tensor]):
         Raises:
             InputError: the state is of a stream with another size, seed or source.
         """
-        if state["made"] != self._made:
-            changed = [name for name, value in self._made.items() if state["made"].get(name) != value]
-            raise InputError(
-                f"The checkpoint's activation stream has another {' and '.join(changed)}: continue with the"
-                " settings the run was started with, or start a new run."
-            )
+        refuse_other_stream(state["made"], self._made)
         self._close()
         self._batches_done = state["batches_done"]
         self._round_place = _Place(*state["round_place"])
