@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae.config import SAEConfig, TrainConfig
+from sae.scaling import Scaling
 from sae.train import Trainer
 
 WARM_UP = 2
@@ -120,11 +121,11 @@ def measure(shape: Shape, worker: Worker, repeats: int, threads: int, dead: floa
     config = TrainConfig(
         tokens=tokens, batch_tokens=shape.n, learning_rate=1e-4, sae=SAEConfig(d_sae=shape.d_sae, k=shape.k)
     )
-    trainer = Trainer(config, torch.zeros(shape.d_in), 1.0)
+    trainer = Trainer(config, Scaling(torch.zeros(shape.d_in), 1.0))
 
     def step(x: Tensor) -> None:
         trainer.silent_tokens[:n_dead] = trainer.dead_window + 1
-        trainer.step(x)
+        trainer.step(*trainer.scaling.apply(x))
 
     ours = {**products(shape, trainer.weights.encoder_rows.detach()), "saescope": step}
     seconds: dict[str, list[float]] = {name: [] for name in [*ours, "SAELens"]}

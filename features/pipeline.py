@@ -36,6 +36,7 @@ from sae.controls import REFERENCE_ROWS, reference_activations
 from sae.evaluate import Evaluation, evaluate
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder, read_run_config, write_run_config
+from sae.scaling import Scaling
 from sae.train import train
 
 
@@ -269,8 +270,7 @@ class Pipeline:
         return train(
             config,
             batches,
-            statistics.mean.to(model.device),
-            statistics.scale,
+            Scaling(statistics.mean.to(model.device), statistics.scale),
             self.run.path,
             metadata=metadata,
             inputs=inputs,
@@ -291,7 +291,7 @@ class Pipeline:
             exclusion,
             batch_size=config.resolved_batch_tokens(),
             n_batches=config.n_steps(),
-            seed=config.seed,
+            seed=config.order_seed,
             buffer_rows=config.buffer_tokens,
         )
 
@@ -300,12 +300,12 @@ class Pipeline:
         settings: dict[str, Any] = {
             "batch_size": config.resolved_batch_tokens(),
             "n_batches": config.n_steps(),
-            "seed": config.seed,
+            "seed": config.order_seed,
             "device": self.model.device,
         }
         if config.order == "exact":
             return StoreStream.exact(held, **settings)
-        copy = held.folder / SHUFFLED / f"{config.hook_name}-{config.seed}"
+        copy = held.folder / SHUFFLED / f"{config.hook_name}-{config.order_seed}"
         return StoreStream.external(held, copy, progress=self.progress, **settings)
 
     def sae(self) -> SparseAutoencoder:

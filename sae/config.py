@@ -4,6 +4,7 @@ This module imports no torch, so that ``sae --help`` stays quick. Every field ca
 line makes its flags from them.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,31 +16,138 @@ from activations.errors import InputError
 DEFAULT_TOKENS = 2_000_000
 
 
+ArchitectureName = Literal["topk", "batch_topk", "matryoshka", "jumprelu", "gated", "relu"]
+SELECTING = (
+    "topk",
+    "batch_topk",
+    "matryoshka",
+)  # these keep a number of features, k; the others pay for firing
+SPARSITY_WEIGHTS = {"relu": 5.0, "gated": 1.0, "jumprelu": 10.0}
+
+
 @dataclass(frozen=True)
 class SAEConfig:
-    """What the sparse autoencoder looks like."""
+    """What the sparse autoencoder looks like, and what its loss is made of."""
 
-    architecture: Literal["topk", "relu"] = "topk"
-    """topk: the k largest pre-activations fire (2406.04093); relu: L1 weighted by decoder norms (Anthropic 2024)."""
+    architecture: ArchitectureName = "topk"
+    """One file each in sae/architectures/: equation, paper, loss."""
     d_sae: int = 4096
     """Number of features."""
+    transcoder: bool = False
+    """Read the activations of hook_name and write those of hook_out (set by giving hook_out)."""
+    skip: bool = False
+    """transcoder: add an affine map of the input to the output (2501.18823)."""
     k: int = 32
-    """topk: how many features fire per token."""
-    l1: float = 5.0
-    """relu: weight of the sparsity penalty, for inputs scaled to a mean squared norm of d_in."""
+    """topk: features that fire per token; batch_topk and matryoshka: on average."""
+    k_start: int | None = None
+    """topk, batch_topk, matryoshka: k falls linearly from this number over the first k_anneal of the run."""
+    k_anneal: float = 0.2
+    """Fraction of the run over which k falls from k_start."""
+    multi_topk: float = 0.0
+    """topk: weight of the reconstruction from 4k features (2406.04093, section 4.3: 1/8)."""
     auxk: float = 1 / 32
-    """topk: weight of the auxiliary loss that revives dead features."""
+    """topk, batch_topk, matryoshka: weight of the auxiliary loss that revives dead features."""
+    levels: tuple[int, ...] = ()
+    """matryoshka: widths of the nested dictionaries below d_sae; by default d_sae/16, d_sae/8, d_sae/4, d_sae/2."""
+    level_weights: tuple[float, ...] = ()
+    """matryoshka: weights of the levels, d_sae last; equal by default."""
+    sparsity_weight: float | None = None
+    """relu, gated, jumprelu: weight λ of the sparsity loss, for inputs scaled to a mean squared norm of d_in."""
+    target_l0: float | None = None
+    """relu, gated, jumprelu: L0 to reach and hold; λ is then moved by a controller."""
+    p_end: float = 1.0
+    """relu: the penalty's exponent falls from 1 to this over the second half of the run (p-annealing)."""
+    bandwidth: float = 2.0
+    """jumprelu: width of the window in which thresholds receive a gradient."""
+    unit_decoder: bool | None = None
+    """Keep decoder rows at norm 1; by default as the architecture's paper has it."""
+    aligned: bool = False
+    """Keep the product of every feature's encoder and decoder at 1 (2605.18629)."""
+    tied_init: bool = True
+    """Start with the encoder as the decoder's transpose."""
 
     def check(self) -> None:
         """Raise InputError unless these settings make sense."""
         if self.d_sae < 1:
             raise InputError(f"d_sae is {self.d_sae}, and an SAE needs at least one feature.")
-        if self.architecture == "topk" and not 1 <= self.k < self.d_sae:
+        if self.architecture in SELECTING:
+            self._check_selection()
+        else:
+            self._check_sparsity()
+        if self.skip and not self.transcoder:
+            raise InputError("skip is for a transcoder: give hook_out, or leave it out.")
+        self._refuse_foreign()
+
+    def _check_selection(self) -> None:
+        if not 1 <= self.k < self.d_sae:
             raise InputError(
                 f"k is {self.k}, and must be at least 1 and less than the number of features, {self.d_sae}."
             )
-        if self.architecture == "relu" and self.l1 < 0:
-            raise InputError(f"l1 is {self.l1}, and must not be negative.")
+        if self.k_start is not None and not self.k <= self.k_start < self.d_sae:
+            raise InputError(
+                f"k_start is {self.k_start}, and must lie between k, {self.k}, and d_sae, {self.d_sae}."
+            )
+        if not 0 < self.k_anneal <= 1:
+            raise InputError(f"k_anneal is {self.k_anneal}, and must be a fraction of the run.")
+        if self.auxk < 0 or self.multi_topk < 0:
+            raise InputError("auxk and multi_topk are weights, and must not be negative.")
+        if self.architecture == "matryoshka":
+            widths = self.resolved_levels()
+            if any(low >= high for low, high in itertools.pairwise(widths)) or widths[0] < 1:
+                raise InputError(
+                    f"levels are {self.levels}, and must rise from at least 1 to below d_sae, {self.d_sae}."
+                )
+            if self.level_weights and (len(self.level_weights) != len(widths) or min(self.level_weights) < 0):
+                raise InputError(
+                    f"level_weights has {len(self.level_weights)} numbers, and needs {len(widths)}, none negative:"
+                    f" one for each of the widths {', '.join(map(str, widths))}."
+                )
+
+    def _check_sparsity(self) -> None:
+        if self.sparsity_weight is not None and self.sparsity_weight < 0:
+            raise InputError(f"sparsity_weight is {self.sparsity_weight}, and must not be negative.")
+        if self.target_l0 is not None and not 0 < self.target_l0 < self.d_sae:
+            raise InputError(
+                f"target_l0 is {self.target_l0}, and must be above 0 and below d_sae, {self.d_sae}."
+            )
+        if not 0 < self.p_end <= 1:
+            raise InputError(f"p_end is {self.p_end}, and must be above 0 and at most 1.")
+        if self.bandwidth <= 0:
+            raise InputError(f"bandwidth is {self.bandwidth}, and must be above 0.")
+
+    def _refuse_foreign(self) -> None:
+        """No field may say something that this architecture does not heed."""
+        default = SAEConfig()
+        for name, architectures in _ONLY_FOR.items():
+            if self.architecture not in architectures and getattr(self, name) != getattr(default, name):
+                raise InputError(
+                    f"{name} is a setting of {', '.join(architectures)}, and the architecture is {self.architecture}:"
+                    " leave it out, or choose another architecture."
+                )
+
+    def resolved_levels(self) -> tuple[int, ...]:
+        """matryoshka: the widths of all nested dictionaries, d_sae last."""
+        inner = self.levels or tuple(self.d_sae // part for part in (16, 8, 4, 2))
+        return (*inner, self.d_sae)
+
+    def resolved_sparsity_weight(self) -> float:
+        """``sparsity_weight``, or the architecture's default."""
+        return SPARSITY_WEIGHTS[self.architecture] if self.sparsity_weight is None else self.sparsity_weight
+
+
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "k": SELECTING,
+    "k_start": SELECTING,
+    "k_anneal": SELECTING,
+    "auxk": SELECTING,
+    "multi_topk": ("topk",),
+    "levels": ("matryoshka",),
+    "level_weights": ("matryoshka",),
+    "sparsity_weight": tuple(SPARSITY_WEIGHTS),
+    "target_l0": tuple(SPARSITY_WEIGHTS),
+    "p_end": ("relu",),
+    "bandwidth": ("jumprelu",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +158,8 @@ class TrainConfig:
     """The bundled model (builtin), a local Hugging Face folder, or a hub name."""
     hook_name: str = "blocks.3.hook_resid_post"
     """Where in the model the activations are read, by its TransformerLens name."""
+    hook_out: str | None = None
+    """Train a transcoder: read the activations at hook_name, predict those at this hook."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """The text that the model reads."""
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -75,7 +185,9 @@ class TrainConfig:
     decay: float = 0.5
     """Fraction of the run, at its end, over which the learning rate falls to 0."""
     seed: int = 0
-    """Seeds the data order and the initial weights."""
+    """Seeds the initial weights."""
+    order_seed: int = 0
+    """Seeds the order of the activations; runs that share it can be trained side by side."""
     rule: ExclusionRule = field(default_factory=ExclusionRule)
     """Which positions the SAE does not see."""
     device: str | None = None

@@ -144,7 +144,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        b_dec: Tensor,
+        input_bias: Tensor | None,
         rows: Tensor,
         bias: Tensor,
         values: Tensor,
@@ -162,8 +162,9 @@ class _Encode(torch.autograd.Function):
         grad = grads[0] * (values > 0) if ctx.relu else grads[0]
         d_rows = ctx.pattern.transposed.weighted_sums(centred, grad)
         d_bias = torch.zeros_like(rows[:, 0]).index_add_(0, ctx.pattern.indices.flatten(), grad.flatten())
-        # The gradient of b_dec needs no [n, d_in] gather: Σ_n Σ_i g_ni W_i = (Σ_n g_n) · W.
-        return -(d_bias @ rows), d_rows, d_bias, None, None, None, None
+        # The gradient of the input bias needs no [n, d_in] gather: Σ_n Σ_i g_ni W_i = (Σ_n g_n) · W.
+        d_input_bias = -(d_bias @ rows) if ctx.needs_input_grad[0] else None
+        return d_input_bias, d_rows, d_bias, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -187,20 +188,21 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, x: Tensor, pattern: Pattern
+        ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, goal: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        error = _gather_sum(values, pattern, decoder).add_(b_dec).sub_(x)
+        error = _gather_sum(values, pattern, decoder).add_(b_dec).sub_(goal)
         ctx.save_for_backward(values, error, gathered_dots(error, decoder, pattern))
-        ctx.pattern, ctx.factor = pattern, 2 / len(x)
+        ctx.pattern, ctx.factor = pattern, 2 / len(goal)
         ctx.mark_non_differentiable(error)
-        return torch.linalg.vector_norm(error).square() / len(x), error
+        return torch.linalg.vector_norm(error).square() / len(goal), error
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, error, d_values = ctx.saved_tensors
         factor = grads[0] * ctx.factor
         d_decoder = ctx.pattern.transposed.weighted_sums(error, values * factor)
-        return d_values * factor, d_decoder, error.sum(0) * factor, None, None
+        d_goal = error * -factor if ctx.needs_input_grad[3] else None
+        return d_values * factor, d_decoder, error.sum(0) * factor, d_goal, None
 
 
 def _gather_sum(values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
@@ -254,22 +256,28 @@ def _gathered_dots_plain(left: Tensor, right: Tensor, pattern: Pattern, chunk: i
 
 
 def topk_codes(
-    x: Tensor, b_dec: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, k: int, *, relu: bool = True
+    x: Tensor,
+    input_bias: Tensor | None,
+    encoder_rows: Tensor,
+    encoder_bias: Tensor,
+    k: int,
+    *,
+    relu: bool = True,
 ) -> SparseCodes:
-    """TopK encoder with gradients: ``topk(relu((x − b_dec) W_enc + b_enc))`` (Gao et al. 2024, 2406.04093).
+    """TopK encoder with gradients: ``topk(relu((x − input_bias) W_enc + b_enc))`` (Gao et al. 2024, 2406.04093).
 
     Args:
-        x: ``[n, d_in]`` (receives no gradient). b_dec: ``[d_in]``. encoder_rows: ``[d_sae, d_in]``.
-        encoder_bias: ``[d_sae]``. relu: whether selected values are clipped at 0.
+        x: ``[n, d_in]`` (receives no gradient). input_bias: ``[d_in]``, or None for nothing to subtract.
+        encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``. relu: whether selected values are clipped at 0.
 
     Returns:
         codes in the fixed layout, ``values`` differentiable; entries clipped at 0 stay in place.
     """
     with torch.no_grad():
-        centred = x - b_dec
+        centred = x if input_bias is None else x - input_bias
         values, indices = encode_topk(centred, encoder_rows, encoder_bias, k, relu=relu)
     pattern = Pattern(len(encoder_rows), indices)
-    found = _Encode.apply(b_dec, encoder_rows, encoder_bias, values, centred, pattern, relu)
+    found = _Encode.apply(input_bias, encoder_rows, encoder_bias, values, centred, pattern, relu)
     return SparseCodes(pattern, found)
 
 
@@ -280,16 +288,20 @@ def encode_relu(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> 
     return SparseCodes.concatenate(parts)
 
 
-def relu_codes(x: Tensor, b_dec: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> SparseCodes:
+def relu_codes(
+    x: Tensor, input_bias: Tensor | None, encoder_rows: Tensor, encoder_bias: Tensor
+) -> SparseCodes:
     """ReLU encoder with gradients, ragged codes; worth it once few features fire (see :mod:`sae.dense_tiles`).
 
     Args:
         x: ``[n, d_in]`` (receives no gradient); the rest as in :func:`topk_codes`.
     """
     with torch.no_grad():
-        centred = x - b_dec
+        centred = x if input_bias is None else x - input_bias
         codes = encode_relu(centred, encoder_rows, encoder_bias)
-    values = _Encode.apply(b_dec, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, False)
+    values = _Encode.apply(
+        input_bias, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, False
+    )
     return SparseCodes(codes.pattern, values)
 
 
@@ -305,14 +317,14 @@ def decode(codes: SparseCodes, decoder: Tensor, b_dec: Tensor) -> Tensor:
     return _Decode.apply(codes.values, decoder, b_dec, codes.pattern)
 
 
-def squared_error(codes: SparseCodes, decoder: Tensor, b_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``mean_n ‖x̂ − x‖²`` for the x̂ that :func:`decode` gives, differentiable like it, in one pass.
+def squared_error(codes: SparseCodes, decoder: Tensor, b_dec: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """``mean_n ‖ŷ − goal‖²`` for the ŷ that :func:`decode` gives, differentiable like it, in one pass.
 
     Args:
-        decoder: ``[d_sae, d_in]``. b_dec: ``[d_in]``. x: ``[n, d_in]`` (receives no gradient).
+        decoder: ``[d_sae, d_out]``. b_dec: ``[d_out]``. goal: ``[n, d_out]`` (receives a gradient if it asks for one).
 
     Returns:
-        the mean, and ``x̂ − x`` ``[n, d_in]`` without gradient.
+        the mean, and ``ŷ − goal`` ``[n, d_out]`` without gradient.
     """
-    mse, error = _SquaredError.apply(codes.values, decoder, b_dec, x, codes.pattern)
+    mse, error = _SquaredError.apply(codes.values, decoder, b_dec, goal, codes.pattern)
     return mse, error

@@ -22,10 +22,11 @@ from torch import Tensor
 from activations.errors import InputError
 from activations.files import is_finished, read_manifest, write_bytes, write_manifest
 from activations.progress import Progress, silent
-from sae.architectures.base import Loss, Weights
+from sae.architectures.base import Loss, Moment, Weights
 from sae.architectures.registry import architecture_from
 from sae.config import TrainConfig
 from sae.model import SparseAutoencoder
+from sae.scaling import Scaling
 from sae.sparse import row_dots
 
 DEAD_WINDOW_TOKENS = 10_000_000  # at most; 20% of shorter runs
@@ -49,36 +50,40 @@ class Trainer:
 
     Args:
         config: what to train; ``config.sae.check()`` must pass.
-        mean: ``[d_in]``, subtracted from every activation. scale: multiplies the centred activation.
+        scaling: of what is read and written; says the widths and the device.
     """
 
-    def __init__(self, config: TrainConfig, mean: Tensor, scale: float) -> None:
+    def __init__(self, config: TrainConfig, scaling: Scaling) -> None:
         _keep_freed_memory()
-        self.config = config
-        self.mean, self.scale = mean, scale
+        self.config, self.scaling = config, scaling
+        self.device = scaling.mean.device
         self.architecture = architecture_from(config.sae)
         generator = torch.Generator().manual_seed(config.seed)
-        initial = self.architecture.initial_weights(len(mean), generator).tensors()
-        self.weights = Weights(**{k: v.to(mean.device).requires_grad_() for k, v in initial.items()})
+        initial = self.architecture.initial_weights(scaling.d_in, scaling.d_out, generator).tensors()
+        self.weights = Weights(**{k: v.to(self.device).requires_grad_() for k, v in initial.items()})
+        self.architecture_state = {k: v.to(self.device) for k, v in self.architecture.initial_state().items()}
         self.learning_rate = config.resolved_learning_rate()
         self.optimizer = torch.optim.Adam(self.weights.tensors().values(), lr=self.learning_rate, fused=True)
         self.n_steps = config.n_steps()
         self.steps_done = 0
         self.tokens_done = 0
-        self.silent_tokens = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=mean.device)
+        self.silent_tokens = torch.zeros(config.sae.d_sae, dtype=torch.int64, device=self.device)
         self.dead_window = min(DEAD_WINDOW_TOKENS, max(config.tokens_read() // 5, 1))
 
-    def step(self, activations: Tensor) -> tuple[Loss, Tensor]:
-        """One optimiser step on raw activations ``[n, d_in]``.
+    def step(self, x: Tensor, y: Tensor) -> tuple[Loss, Tensor]:
+        """One optimiser step on a batch as :meth:`sae.scaling.Scaling.apply` gave it; leaves x and y as they are.
+
+        Args:
+            x: ``[n, d_in]``. y: ``[n, d_out]``, x itself for an SAE.
 
         Returns:
-            the loss, and the mean squared norm of the centred and scaled batch (what the mse is compared with).
+            the loss, and the mean squared norm of y (what the mse is compared with).
         """
-        x = (activations.to(self.mean.device) - self.mean).mul_(self.scale)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self._schedule()
         dead = (self.silent_tokens > self.dead_window).nonzero().flatten()
-        loss = self.architecture.loss(self.weights, x, dead, self.steps_done / self.n_steps)
+        moment = Moment(self.steps_done / self.n_steps, dead, self.architecture_state)
+        loss = self.architecture.loss(self.weights, x, y, moment)
         loss.total.backward()
         with torch.no_grad():
             decoder = self.weights.W_dec
@@ -90,9 +95,10 @@ class Trainer:
             self.silent_tokens += len(x)
             self.silent_tokens[loss.fired] = 0
         self.optimizer.zero_grad(set_to_none=True)
+        self.architecture_state = loss.state
         self.steps_done += 1
         self.tokens_done += len(x)
-        return loss, torch.linalg.vector_norm(x).square() / len(x)
+        return loss, torch.linalg.vector_norm(y).square() / len(y)
 
     def _schedule(self) -> float:
         """Linear warm-up, constant, linear decay to 0, as a factor on the learning rate."""
@@ -102,21 +108,16 @@ class Trainer:
         return min(rise, fall, 1.0)
 
     def folded(self, metadata: dict[str, Any]) -> SparseAutoencoder:
-        """The SAE in the units of the model's activations.
-
-        With f and x̂ computed on ``(x − μ)·s``: dividing every activation by s gives the same function of x with
-        b_enc/s, and b_dec/s + μ; W_enc and W_dec stay as they are.
-        """
-        w = {name: tensor.detach().clone() for name, tensor in self.weights.tensors().items()}
-        w["b_enc"] /= self.scale
-        w["b_dec"] = w["b_dec"] / self.scale + self.mean
-        return SparseAutoencoder(self.config.sae, Weights(**w), metadata)
+        """The SAE as it stands, for inference, in the units of the model's activations."""
+        config, weights = self.architecture.finished(self.weights, self.architecture_state)
+        return SparseAutoencoder(config, self.scaling.folded(weights), metadata)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors, and plain values."""
         tensors = {f"weights.{k}": v.detach() for k, v in self.weights.tensors().items()}
         for name, parameter in self.weights.tensors().items():
             tensors |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state[parameter].items()}
+        tensors |= {f"architecture.{k}": v for k, v in self.architecture_state.items()}
         tensors["silent_tokens"] = self.silent_tokens
         return tensors, {"steps_done": self.steps_done, "tokens_done": self.tokens_done}
 
@@ -131,6 +132,8 @@ class Trainer:
                     for key, value in tensors.items()
                     if key.startswith(prefix)
                 }
+            for name, value in self.architecture_state.items():
+                value.copy_(tensors[f"architecture.{name}"])
             self.silent_tokens.copy_(tensors["silent_tokens"])
         self.steps_done, self.tokens_done = plain["steps_done"], plain["tokens_done"]
 
@@ -158,8 +161,7 @@ def _keep_freed_memory() -> None:
 def train(
     config: TrainConfig,
     batches: Batches,
-    mean: Tensor,
-    scale: float,
+    scaling: Scaling,
     folder: Path,
     *,
     metadata: dict[str, Any] | None = None,
@@ -172,7 +174,7 @@ def train(
     checkpoint goes on from it, to the same bits.
 
     Args:
-        config: what to train. batches: the activations; mean, scale: see :class:`Trainer`.
+        config: what to train. batches: the activations. scaling: the units to train in.
         folder: the run folder. metadata: goes into the SAE's cfg.json.
         inputs: hashes and settings that the result depends on, besides ``config``.
 
@@ -185,7 +187,7 @@ def train(
     metadata = metadata or {}
     if is_finished(folder / "sae", "sae", inputs):
         return SparseAutoencoder.load(folder / "sae")
-    trainer = Trainer(config, mean, scale)
+    trainer = Trainer(config, scaling)
     _resume(trainer, batches, folder, inputs)
     log = _Log(folder / "metrics.jsonl", trainer.tokens_done)
     log_every = max(trainer.n_steps // LOG_LINES, 1)
@@ -194,7 +196,7 @@ def train(
     with progress("train", total=config.tokens_read(), unit="tokens") as advance:
         advance(trainer.tokens_done)
         for batch in itertools.islice(batches, remaining):
-            log.add(*trainer.step(batch), n=len(batch))
+            log.add(*trainer.step(*scaling.apply(batch)), n=len(batch))
             advance(len(batch))
             last = trainer.steps_done == trainer.n_steps
             if last or trainer.steps_done % log_every == 0:

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae import sparse
 from sae.architectures import relu as relu_module
-from sae.architectures.base import Loss, Weights
+from sae.architectures.base import Loss, Moment, Weights
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.codes import Pattern, SparseCodes
 from sae.config import SAEConfig, TrainConfig
+from sae.scaling import Scaling
 from sae.train import Trainer
 
 NAMES = ("encoder_rows", "b_enc", "W_dec", "b_dec")
@@ -172,9 +173,20 @@ def test_topk_values_and_gradients_equal_the_dense_formula(
     same_gradients(found, case.gradients((expected - towards).square().sum() + (dense * slope).sum()))
 
 
+NONE_DEAD = Moment(0.5, torch.tensor([], dtype=torch.int64))
+
+
+def topk(d_sae: int, k: int) -> TopK:
+    return TopK(SAEConfig(d_sae=d_sae, k=k))
+
+
+def relu(d_sae: int, sparsity_weight: float) -> ReLU:
+    return ReLU(SAEConfig(architecture="relu", d_sae=d_sae, sparsity_weight=sparsity_weight))
+
+
 def test_topk_loss_equals_the_dense_formula(case: Problem) -> None:
     w = case.weights
-    loss = TopK(len(w.b_enc), case.k).loss(w, case.x, torch.tensor([], dtype=torch.int64), 0.5)
+    loss = topk(len(w.b_enc), case.k).loss(w, case.x, case.x, NONE_DEAD)
     codes = sparse.topk_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc, case.k)
     dense = torch.where(support_of(codes.pattern), case.pre.relu(), 0.0)
     expected = (dense @ w.W_dec + w.b_dec - case.x).square().sum(1).mean()
@@ -194,7 +206,7 @@ def test_auxk_trains_the_dead_features_encoder_too(n_dead: int) -> None:
 
     this = problem(37, 8, 64, 5, bury)
     w, dead = this.weights, torch.arange(n_dead)
-    loss = TopK(64, 5, auxk=1 / 32).loss(w, this.x, dead, 0.5)
+    loss = topk(64, 5).loss(w, this.x, this.x, Moment(0.5, dead))
     codes = sparse.topk_codes(this.x, w.b_dec, w.encoder_rows, w.b_enc, 5)
     main = torch.where(support_of(codes.pattern), this.pre.relu(), 0.0) @ w.W_dec + w.b_dec
     mse = (main - this.x).square().sum(1).mean()
@@ -221,7 +233,7 @@ def test_one_transposed_structure_per_step(monkeypatch: pytest.MonkeyPatch) -> N
         Tensor, "argsort", lambda *args, **kwargs: built.append(1) or argsort(*args, **kwargs)
     )
     this = CASES["plain"]()
-    loss = TopK(64, 5).loss(this.weights, this.x, torch.tensor([], dtype=torch.int64), 0.5)
+    loss = topk(64, 5).loss(this.weights, this.x, this.x, NONE_DEAD)
     loss.total.backward()
     assert len(built) == 1
 
@@ -243,7 +255,7 @@ def test_relu_loss_equals_the_dense_formula(
 ) -> None:
     monkeypatch.setattr(relu_module, "SPARSE_BELOW", 2.0 if path == "sparse" else -1.0)
     d_sae = len(case.weights.b_enc)
-    loss = ReLU(d_sae, l1=3.0).loss(case.weights, case.x, torch.tensor([], dtype=torch.int64), 1.0)
+    loss = relu(d_sae, 3.0).loss(case.weights, case.x, case.x, NONE_DEAD)
     expected, f = dense_relu(case, 3.0)
     close(loss.total, expected)
     same_gradients(case.gradients(loss.total), case.gradients(expected))
@@ -363,8 +375,8 @@ def test_no_tensor_is_as_large_as_n_times_d_sae(architecture: str, small_tiles: 
     dead = torch.arange(3 if architecture == "topk with dead features" else 0)
 
     def loss() -> Loss:
-        kind = TopK(d_sae, 4) if architecture.startswith("topk") else ReLU(d_sae, 1.0)
-        return kind.loss(this.weights, this.x, dead, 1.0)
+        kind = topk(d_sae, 4) if architecture.startswith("topk") else relu(d_sae, 1.0)
+        return kind.loss(this.weights, this.x, this.x, Moment(1.0, dead))
 
     with LargestTensor() as watch:
         loss().total.backward()
@@ -377,15 +389,16 @@ def test_no_tensor_is_as_large_as_n_times_d_sae(architecture: str, small_tiles: 
 @pytest.mark.parametrize("architecture", ["topk", "relu"])
 def test_two_runs_give_the_same_bits(architecture: str, two_threads: None) -> None:
     assert torch.are_deterministic_algorithms_enabled()
-    kind = SAEConfig(architecture="topk" if architecture == "topk" else "relu", d_sae=256, k=8)
+    kind = SAEConfig(d_sae=256, k=8) if architecture == "topk" else SAEConfig(architecture="relu", d_sae=256)
     config = TrainConfig(tokens=100_000, batch_tokens=700, learning_rate=1e-2, sae=kind)
 
     def weights() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        trainer = Trainer(config, torch.zeros(16), 1.0)
+        trainer = Trainer(config, Scaling(torch.zeros(16), 1.0))
         trainer.dead_window = 1000  # so that the auxiliary loss takes part
         for _ in range(6):
-            trainer.step(torch.randn(700, 16, generator=generator))
+            x = torch.randn(700, 16, generator=generator)
+            trainer.step(x, x)
         return {name: tensor.detach().clone() for name, tensor in trainer.weights.tensors().items()}
 
     first, second = weights(), weights()

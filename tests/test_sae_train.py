@@ -13,6 +13,7 @@ from torch import Tensor
 from activations.errors import InputError
 from sae.config import SAEConfig, TrainConfig
 from sae.model import SparseAutoencoder
+from sae.scaling import Scaling
 from sae.train import Trainer, train
 
 D_IN, D_SAE, K = 16, 48, 3
@@ -48,14 +49,15 @@ class PlantedBatches:
 
 
 def config(architecture: str = "topk", steps: int = 400) -> TrainConfig:
-    sae = SAEConfig(architecture=architecture, d_sae=D_SAE, k=K, l1=0.5)  # type: ignore[arg-type]
+    kind: dict[str, Any] = {"k": K} if architecture == "topk" else {"sparsity_weight": 0.5}
+    sae = SAEConfig(architecture=architecture, d_sae=D_SAE, **kind)  # type: ignore[arg-type]
     return TrainConfig(tokens=steps * 64, batch_tokens=64, learning_rate=1e-2, sae=sae)
 
 
-def moments(batches: PlantedBatches) -> tuple[Tensor, float]:
+def moments(batches: PlantedBatches) -> Scaling:
     sample = torch.cat([batches.make(i) for i in range(20)])
     mean = sample.mean(0)
-    return mean, float((D_IN / (sample - mean).square().sum(1).mean()).sqrt())
+    return Scaling(mean, float((D_IN / (sample - mean).square().sum(1).mean()).sqrt()))
 
 
 def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
@@ -65,7 +67,7 @@ def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
 @pytest.mark.parametrize(("architecture", "floor"), [("topk", 0.8), ("relu", 0.8)])
 def test_learns_planted_directions(tmp_path: Path, architecture: str, floor: float) -> None:
     batches = PlantedBatches(400)
-    sae = train(config(architecture), batches, *moments(batches), tmp_path)
+    sae = train(config(architecture), batches, moments(batches), tmp_path)
     held_out = torch.cat([batches.make(i) for i in range(9000, 9020)])
     assert explained_variance(sae, held_out) > floor
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -76,20 +78,23 @@ def test_learns_planted_directions(tmp_path: Path, architecture: str, floor: flo
 
 def test_decoder_rows_stay_unit_and_inputs_are_folded(tmp_path: Path) -> None:
     batches = PlantedBatches(30)
-    mean, scale = moments(batches)
-    trainer = Trainer(config(steps=30), mean, scale)
+    scaling = moments(batches)
+    trainer = Trainer(config(steps=30), scaling)
     for batch in batches:
-        trainer.step(batch)
+        trainer.step(*scaling.apply(batch))
     torch.testing.assert_close(trainer.weights.W_dec.norm(dim=1), torch.ones(D_SAE))
     x = batches.make(77)
-    normalised = (x - mean) * scale
+    normalised, _ = scaling.apply(x)
     inside = trainer.architecture.encode(trainer.weights, normalised)
     sae = trainer.folded({})
-    torch.testing.assert_close(sae.encode(x).to_dense() * scale, inside.to_dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sae.encode(x).to_dense() * scaling.scale, inside.to_dense(), rtol=1e-4, atol=1e-4
+    )
     from sae.sparse import decode
 
     with torch.no_grad():
-        expected = decode(inside, trainer.weights.W_dec, trainer.weights.b_dec) / scale + mean
+        expected = decode(inside, trainer.weights.W_dec, trainer.weights.b_dec)
+        expected = expected / scaling.scale + scaling.mean
     torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -98,20 +103,19 @@ def test_decoder_rows_stay_unit_and_inputs_are_folded(tmp_path: Path) -> None:
 def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str, dies_after: int) -> None:
     settings = config(architecture, steps=120)
     whole = PlantedBatches(120)
-    mean, scale = moments(whole)
-    expected = train(settings, whole, mean, scale, tmp_path / "whole", inputs={"a": 1})
+    scaling = moments(whole)
+    expected = train(settings, whole, scaling, tmp_path / "whole", inputs={"a": 1})
     with pytest.raises(KeyboardInterrupt):
         train(
             settings,
             PlantedBatches(120, dies_after=dies_after),
-            mean,
-            scale,
+            scaling,
             tmp_path / "cut",
             inputs={"a": 1},
         )
     assert (tmp_path / "cut" / "checkpoints").is_dir()
     resumed = PlantedBatches(120)
-    sae = train(settings, resumed, mean, scale, tmp_path / "cut", inputs={"a": 1})
+    sae = train(settings, resumed, scaling, tmp_path / "cut", inputs={"a": 1})
     assert sae.hash == expected.hash
     for name in ("metrics.jsonl", "sae/sae_weights.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -120,37 +124,37 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str
 
 def test_other_inputs_start_afresh_and_equal_inputs_are_not_trained_again(tmp_path: Path) -> None:
     batches = PlantedBatches(20)
-    mean, scale = moments(batches)
-    first = train(config(steps=20), batches, mean, scale, tmp_path, inputs={"seed": 1})
+    scaling = moments(batches)
+    first = train(config(steps=20), batches, scaling, tmp_path, inputs={"seed": 1})
     untouched = PlantedBatches(20, dies_after=0)
-    assert train(config(steps=20), untouched, mean, scale, tmp_path, inputs={"seed": 1}).hash == first.hash
+    assert train(config(steps=20), untouched, scaling, tmp_path, inputs={"seed": 1}).hash == first.hash
     with pytest.raises(KeyboardInterrupt):
-        train(config(steps=20), untouched, mean, scale, tmp_path, inputs={"seed": 2})
+        train(config(steps=20), untouched, scaling, tmp_path, inputs={"seed": 2})
 
 
 def test_another_configuration_is_trained_although_its_inputs_are_the_same(tmp_path: Path) -> None:
-    mean, scale = moments(PlantedBatches(1))
-    train(config(steps=20), PlantedBatches(20), mean, scale, tmp_path)
+    scaling = moments(PlantedBatches(1))
+    train(config(steps=20), PlantedBatches(20), scaling, tmp_path)
     other = replace(config(steps=20), sae=SAEConfig(d_sae=D_SAE, k=K + 1))
-    assert train(other, PlantedBatches(20), mean, scale, tmp_path).config.k == K + 1
+    assert train(other, PlantedBatches(20), scaling, tmp_path).config.k == K + 1
 
 
 def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     settings = config(steps=120)
-    mean, scale = moments(PlantedBatches(1))
-    expected = train(settings, PlantedBatches(120), mean, scale, tmp_path / "whole")
+    scaling = moments(PlantedBatches(1))
+    expected = train(settings, PlantedBatches(120), scaling, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(settings, PlantedBatches(120, dies_after=60), mean, scale, tmp_path / "cut")
+        train(settings, PlantedBatches(120, dies_after=60), scaling, tmp_path / "cut")
     newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"torn")
     resumed = PlantedBatches(120)
-    assert train(settings, resumed, mean, scale, tmp_path / "cut").hash == expected.hash
+    assert train(settings, resumed, scaling, tmp_path / "cut").hash == expected.hash
 
 
 def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
     """A feature whose encoder points away from the data never fires by itself, and AuxK turns it round."""
     batches = PlantedBatches(200)
-    mean, scale = moments(batches)
+    scaling = moments(batches)
 
     def firings_of_dead_feature(auxk: float) -> int:
         settings = TrainConfig(
@@ -159,25 +163,25 @@ def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
             learning_rate=1e-2,
             sae=SAEConfig(d_sae=D_SAE, k=K, auxk=auxk),
         )
-        trainer = Trainer(settings, mean, scale)
+        trainer = Trainer(settings, scaling)
         trainer.dead_window = 640
         with torch.no_grad():
             trainer.weights.b_enc[:8] = -30.0
         for number in range(200):
-            trainer.step(batches.make(number))
-        x = (batches.make(9999) - mean) * scale
+            trainer.step(*scaling.apply(batches.make(number)))
+        x, _ = scaling.apply(batches.make(9999))
         fired = trainer.architecture.encode(trainer.weights, x).indices
         return int((fired < 8).sum())
 
     assert firings_of_dead_feature(0.0) == 0
     # The bias alone moves by at most 200 · 1e-2 = 2: to fire, the encoder must have turned too.
-    trainer = Trainer(config(), mean, scale)
+    trainer = Trainer(config(), scaling)
     trainer.dead_window = 640
     with torch.no_grad():
         trainer.weights.b_enc[:8] = -30.0
     before = trainer.weights.encoder_rows[:8].detach().clone()
     for number in range(50):
-        trainer.step(batches.make(number))
+        trainer.step(*scaling.apply(batches.make(number)))
     assert (trainer.weights.encoder_rows[:8] - before).abs().max() > 1e-2
 
 
@@ -187,7 +191,10 @@ def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
         (SAEConfig(d_sae=8, k=8), "k is 8, and must be at least 1 and less than the number of features, 8."),
         (SAEConfig(d_sae=8, k=9), "k is 9, and must be at least 1 and less than the number of features, 8."),
         (SAEConfig(d_sae=0), "d_sae is 0, and an SAE needs at least one feature."),
-        (SAEConfig(architecture="relu", l1=-1.0), "l1 is -1.0, and must not be negative."),
+        (
+            SAEConfig(architecture="relu", sparsity_weight=-1.0),
+            "sparsity_weight is -1.0, and must not be negative.",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_written(
@@ -195,7 +202,7 @@ def test_impossible_settings_are_refused_before_anything_is_written(
 ) -> None:
     batches = PlantedBatches(1)
     with pytest.raises(InputError) as error:
-        train(TrainConfig(sae=sae), batches, *moments(batches), tmp_path / "run")
+        train(TrainConfig(sae=sae), batches, moments(batches), tmp_path / "run")
     assert str(error.value) == sentence
     assert not (tmp_path / "run").exists()
 

@@ -5,9 +5,9 @@ from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.config import SAEConfig
 
+ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in (TopK, ReLU)}
+
 
 def architecture_from(config: SAEConfig) -> Architecture:
     """The architecture that a configuration describes."""
-    if config.architecture == "topk":
-        return TopK(config.d_sae, config.k, config.auxk)
-    return ReLU(config.d_sae, config.l1)
+    return ARCHITECTURES[config.architecture](config)

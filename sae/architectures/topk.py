@@ -17,37 +17,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sae.architectures.base import Loss, Weights
+from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
 from sae.sparse import decode, encode_topk, squared_error, topk_codes
 
 
 @dataclass(frozen=True)
-class TopK:
-    """k features fire per token. Attributes: d_sae, k, and ``auxk``, the weight of the auxiliary loss."""
+class TopK(Architecture):
+    """k features fire per token."""
 
-    d_sae: int
-    k: int
-    auxk: float = 1 / 32
     name: ClassVar[str] = "topk"
-    unit_decoder: ClassVar[bool] = True
+    paper_unit_decoder: ClassVar[bool] = True
 
-    def initial_weights(self, d_in: int, generator: torch.Generator) -> Weights:
-        """Tied random unit rows, zero biases."""
-        return Weights.tied(d_in, self.d_sae, generator)
-
-    def loss(self, weights: Weights, x: Tensor, dead: Tensor, done: float) -> Loss:
-        """See the module's equation. ``done`` is not used: nothing is scheduled."""
-        codes = topk_codes(x, weights.b_dec, weights.encoder_rows, weights.b_enc, self.k)
-        mse, error = squared_error(codes, weights.W_dec, weights.b_dec, x)
+    def loss(self, weights: Weights, x: Tensor, y: Tensor, moment: Moment) -> Loss:
+        """See the module's equation."""
+        config = self.config
+        codes = topk_codes(x, self.input_bias(weights), weights.encoder_rows, weights.b_enc, config.k)
+        mse, error = squared_error(codes, weights.W_dec, weights.b_dec, self.goal(weights, x, y))
         terms = {"mse": mse.detach()}
         total = mse
-        if len(dead) and self.auxk:
-            auxiliary = self._auxiliary(weights, x, -error, dead)
+        if len(moment.dead) and config.auxk:
+            auxiliary = self._auxiliary(weights, x, -error, moment.dead)
             terms["auxk"] = auxiliary.detach()
-            total = mse + self.auxk * auxiliary
+            total = mse + config.auxk * auxiliary
         fires = codes.values.detach() != 0
-        firings = torch.zeros(self.d_sae, device=x.device).index_add_(
+        firings = torch.zeros(config.d_sae, device=x.device).index_add_(
             0, codes.indices.flatten(), fires.flatten().float()
         )
         return Loss(total, terms, fires.sum(), firings > 0)
@@ -58,7 +52,7 @@ class TopK:
             return x.new_zeros(())
         codes = topk_codes(
             x,
-            weights.b_dec.detach(),
+            None if self.config.transcoder else weights.b_dec.detach(),
             weights.encoder_rows.index_select(0, dead),
             weights.b_enc.index_select(0, dead),
             k_aux,
@@ -70,5 +64,7 @@ class TopK:
 
     def encode(self, weights: Weights, x: Tensor) -> SparseCodes:
         """The k largest positive activations of each row (fewer where fewer are positive)."""
-        values, indices = encode_topk(x - weights.b_dec, weights.encoder_rows, weights.b_enc, self.k)
-        return SparseCodes.from_topk(indices, values, self.d_sae)
+        values, indices = encode_topk(
+            self.centred(weights, x), weights.encoder_rows, weights.b_enc, self.config.k
+        )
+        return SparseCodes.from_topk(indices, values, self.config.d_sae)
