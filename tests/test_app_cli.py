@@ -126,7 +126,7 @@ def test_train_on_text_files(tmp_path: Path, sae: Command) -> None:
     words = ("--text", texts, "--tokens", "5000", "--d-sae", "64", "--k", "4")
     printed = sae("train", "--out", tmp_path / "run", *words)
     assert "CE loss recovered" in printed
-    relu = (*words, "--architecture", "relu", "--hook-name", "blocks.1.hook_mlp_out")
+    relu = (*words[:-2], "--architecture", "relu", "--hook-name", "blocks.1.hook_mlp_out")
     sae("train", "--out", tmp_path / "relu", *relu)
     assert json.loads((tmp_path / "relu" / "sae" / "cfg.json").read_text())["architecture"] == "standard"
 

@@ -34,7 +34,7 @@ def test_a_configuration_comes_back_as_it_was(config: TrainConfig, tmp_path: Pat
         ("learning_rate = 0.001", "learning_rate = []", "learning_rate = [], and it must be a number."),
         ("bos = true", "bos = 1", "bos = 1, and it must be true or false."),
         ("    \"rich\",\n", "    7,\n", "packages = ['numpy', 7], and it must be a list, each item text."),
-        ('architecture = "relu"', 'architecture = "gelu"', "architecture = 'gelu', and it must be one of topk, batch_topk,"),
+        ('architecture = "relu"', 'architecture = "gelu"', "architecture = 'gelu', and it must be one of topk, "),
         ("seed = 9", "sead = 9", "an unknown key 'sead': known are "),
         ("tokens = 12345", "sae = 3", None),
         ('model = "gpt2"', 'model = "gpt2', "is not valid TOML"),
