@@ -21,7 +21,7 @@ from activations.files import FORMAT_VERSION, MANIFEST, is_finished, read_json, 
 from activations.job import decided, load_model, resolved_context_length
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
-from activations.statistics import measure_statistics
+from activations.statistics import Statistics, measure_statistics
 from activations.store import SHUFFLED, ActivationStore, HookActivations, tokens_folder
 from activations.store_stream import StoreStream
 from activations.stream import ActivationStream
@@ -37,7 +37,7 @@ from sae.evaluate import Evaluation, evaluate
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder, read_run_config, write_run_config
 from sae.scaling import Scaling
-from sae.train import train
+from sae.train import Run, train
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,15 @@ class Sizes:
         """The default sizes, scaled down for runs shorter than two million tokens."""
         share = min(tokens / 2_000_000, 1.0)
         return cls(*(max(int(size * share), 1_000) for size in (500_000, 100_000, 100_000)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What training reads: the batches, the units to train in, and which positions they leave out."""
+
+    batches: ActivationStream | StoreStream
+    scaling: Scaling
+    exclusion: Exclusion
 
 
 class Pipeline:
@@ -231,31 +240,43 @@ class Pipeline:
 
     def train(self) -> SparseAutoencoder:
         """Train the SAE, or load it."""
-        config, model, blocks = self.config, self.model, self.train_blocks
-        inputs = {
-            "config": _as_inputs(config),
+        if self.is_trained:
+            return self.sae()
+        source = self.live_source() if self._live else self.stored_source(self.capture())
+        return train(
+            self.config,
+            source.batches,
+            source.scaling,
+            self.run.path,
+            metadata=self.metadata(source.exclusion),
+            inputs=self.training_inputs,
+            progress=self.progress,
+        )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the folder holds the SAE that training would end in."""
+        return is_finished(self.run.sae, "sae", self.training_inputs)
+
+    @cached_property
+    def training_inputs(self) -> dict[str, Any]:
+        """Hashes and settings that the trained SAE depends on."""
+        model = self.model
+        return {
+            "config": _as_inputs(self.config),
             "model": model.hash,
             "dtype": str(model.dtype),
             "device": model.device.type,
-            "tokens": blocks.hash,
+            "tokens": self.train_blocks.hash,
             "activations": "live" if self._live else "stored" if self.store is None else self.store.identity,
         }
-        if is_finished(self.run.sae, "sae", inputs):
-            return self.sae()
-        batches: ActivationStream | StoreStream
-        if self._live:
-            statistics = measure_statistics(
-                model, blocks, config.hook_name, config.rule, progress=self.progress
-            )
-            batches = self._live_batches(statistics.exclusion)
-        else:
-            held = self.capture()
-            statistics = held.statistics
-            batches = self._stored_batches(held)
-        exclusion = statistics.exclusion
-        metadata = {
+
+    def metadata(self, exclusion: Exclusion) -> dict[str, Any]:
+        """Where the SAE belongs and what it was trained on, for its cfg.json."""
+        config, blocks = self.config, self.train_blocks
+        return {
             "model_name": config.model,
-            "model_hash": model.hash,
+            "model_hash": self.model.hash,
             "hook_name": config.hook_name,
             "context_size": self.context_length,
             "prepend_bos": blocks.bos,
@@ -265,37 +286,34 @@ class Pipeline:
             "dataset_path": " ".join(config.corpus.text),
             "corpus": self._about_text,
             "corpus_hash": self._text_hash,
-            "model_from_pretrained_kwargs": {"center_writing_weights": model.center_writing_weights},
+            "model_from_pretrained_kwargs": {"center_writing_weights": self.model.center_writing_weights},
         }
-        return train(
-            config,
-            batches,
-            Scaling(statistics.mean.to(model.device), statistics.scale),
-            self.run.path,
-            metadata=metadata,
-            inputs=inputs,
-            progress=self.progress,
-        )
 
     @property
     def _live(self) -> bool:
         """Whether training computes activations as it goes."""
         return self.store is None and not self.store_activations
 
-    def _live_batches(self, exclusion: Exclusion) -> ActivationStream:
+    def live_source(self) -> Source:
+        """Activations computed as training goes."""
         config = self.config
-        return ActivationStream.live(
+        statistics = measure_statistics(
+            self.model, self.train_blocks, config.hook_name, config.rule, progress=self.progress
+        )
+        batches = ActivationStream.live(
             self.model,
             self.train_blocks,
             config.hook_name,
-            exclusion,
+            statistics.exclusion,
             batch_size=config.resolved_batch_tokens(),
             n_batches=config.n_steps(),
             seed=config.order_seed,
             buffer_rows=config.buffer_tokens,
         )
+        return self._source(batches, statistics)
 
-    def _stored_batches(self, held: HookActivations) -> StoreStream:
+    def stored_source(self, held: HookActivations) -> Source:
+        """Activations read from a store."""
         config = self.config
         settings: dict[str, Any] = {
             "batch_size": config.resolved_batch_tokens(),
@@ -304,9 +322,14 @@ class Pipeline:
             "device": self.model.device,
         }
         if config.order == "exact":
-            return StoreStream.exact(held, **settings)
+            return self._source(StoreStream.exact(held, **settings), held.statistics)
         copy = held.folder / SHUFFLED / f"{config.hook_name}-{config.order_seed}"
-        return StoreStream.external(held, copy, progress=self.progress, **settings)
+        batches = StoreStream.external(held, copy, progress=self.progress, **settings)
+        return self._source(batches, held.statistics)
+
+    def _source(self, batches: ActivationStream | StoreStream, statistics: Statistics) -> Source:
+        scaling = Scaling(statistics.mean.to(self.model.device), statistics.scale)
+        return Source(batches, scaling, statistics.exclusion)
 
     def sae(self) -> SparseAutoencoder:
         """The trained SAE, from the run folder, on the model's device."""
