@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints of an unfinished training."""
+        return self.path / "checkpoints"
+
+    @property
     def evaluation(self) -> Path:
         """``evaluation.json``."""
         return self.path / "evaluation.json"
@@ -81,7 +86,7 @@ def write_run_config(folder: Path, config: TrainConfig) -> None:
     """Write ``run.toml``: the configuration and the versions of what runs it."""
     table = {
         "format_version": FORMAT_VERSION,
-        **_without_none(dataclasses.asdict(config)),
+        **config_to_table(config),
         "versions": {name: version(name) for name in VERSIONED},
     }
     write_bytes(RunFolder(folder).config, tomli_w.dumps(table).encode())
@@ -108,6 +113,19 @@ def read_run_config(folder: Path) -> TrainConfig:
             " newer saescope."
         )
     table.pop("versions", None)
+    return config_from_table(table, path)
+
+
+def config_from_table(table: dict[str, Any], path: Path) -> TrainConfig:
+    """The configuration that a TOML table holds, laid out as in ``run.toml``; missing keys have their defaults.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        InputError: unknown keys, or values of a wrong type.
+    """
+    table = dict(table)
     parts = {"corpus": CorpusConfig, "sae": SAEConfig, "rule": ExclusionRule}
     for name in parts:
         if not isinstance(table.setdefault(name, {}), dict):
@@ -116,44 +134,48 @@ def read_run_config(folder: Path) -> TrainConfig:
     return dataclasses.replace(_build(TrainConfig, table, path), **made)
 
 
+def config_to_table(config: TrainConfig) -> dict[str, Any]:
+    """What :func:`config_from_table` reads: TOML has no null, so a missing key stands for None."""
+    return _without_none(dataclasses.asdict(config))
+
+
 def _build(kind: type[T], table: dict[str, Any], path: Path) -> T:
     kinds = get_type_hints(kind)
     for key, value in table.items():
         if key not in kinds:
             raise InputError(f"{path} has an unknown key {key!r}: known are {', '.join(sorted(kinds))}.")
-        if not _fits(value, kinds[key]):
-            raise InputError(f"{path} has {key} = {value!r}, and it must be {_in_words(kinds[key])}.")
+        if not fits(value, kinds[key]):
+            raise InputError(f"{path} has {key} = {value!r}, and it must be {in_words(kinds[key])}.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value read from TOML can stand in a field of this type."""
     origin, options = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in options
     if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in options)
+        return any(fits(value, option) for option in options)
     if origin is tuple:
-        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, options[0]) for item in value)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     """A field's type as a reader of ``run.toml`` would say it."""
     options = [option for option in get_args(hint) if option is not NoneType]
     if get_origin(hint) is Literal:
         return f"one of {', '.join(options)}"
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_in_words, options))
+        return " or ".join(map(in_words, options))
     if get_origin(hint) is tuple:
-        return f"a list, each item {_in_words(options[0])}"
+        return f"a list, each item {in_words(options[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a table")
 
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a missing key stands for None."""
     return {
         key: _without_none(value) if isinstance(value, dict) else value
         for key, value in table.items()
