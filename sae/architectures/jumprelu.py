@@ -6,7 +6,6 @@ Rajamanoharan et al. 2024, "Jumping ahead" (2407.14435).
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sae.architectures.base import Architecture, Loss, Moment, Weights
