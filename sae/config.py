@@ -119,11 +119,15 @@ class SAEConfig:
         """No field may say something that this architecture does not heed."""
         default = SAEConfig()
         for name, architectures in _ONLY_FOR.items():
-            if self.architecture not in architectures and getattr(self, name) != getattr(default, name):
+            if not self.heeds(name) and getattr(self, name) != getattr(default, name):
                 raise InputError(
                     f"{name} is a setting of {', '.join(architectures)}, and the architecture is {self.architecture}:"
                     " leave it out, or choose another architecture."
                 )
+
+    def heeds(self, name: str) -> bool:
+        """Whether the field of that name says something to this architecture."""
+        return self.architecture in _ONLY_FOR.get(name, (self.architecture,))
 
     def resolved_levels(self) -> tuple[int, ...]:
         """matryoshka: the widths of all nested dictionaries, d_sae last."""
