@@ -6,7 +6,7 @@ Timed in turn, on the same batches, so that a change in the machine's speed meet
 
 * **product**: ``x @ W_enc`` in float32 into a tensor that is there already, whole or in tiles of rows, whichever is
   faster. No SAE can encode with less, so this is the floor.
-* **saescope**: ``sae.train.Trainer.step``: forward, backward, unit-norm decoder, fused Adam, AuxK's bookkeeping.
+* **saescope**: ``sae.trainer.Trainer.step``: forward, backward, unit-norm decoder, fused Adam, AuxK's bookkeeping.
 * **SAELens**: ``SAETrainer.step`` in a virtual environment of its own (made on first use, see ``peers.py``), with
   the fastest of its documented float32 settings. Both losses hold AuxK; no feature is dead in so short a run, so
   neither computes its term (``--dead 0.05`` declares that share of features dead in ours and in theirs).
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sae.config import SAEConfig, TrainConfig
 from sae.scaling import Scaling
-from sae.train import Trainer
+from sae.trainer import Trainer
 
 WARM_UP = 2
 PAUSE = 0.05  # seconds: long enough for the other process' idle threads to stop spinning
@@ -124,7 +124,8 @@ def measure(shape: Shape, worker: Worker, repeats: int, threads: int, dead: floa
     trainer = Trainer(config, Scaling(torch.zeros(shape.d_in), 1.0))
 
     def step(x: Tensor) -> None:
-        trainer.silent_tokens[:n_dead] = trainer.dead_window + 1
+        trainer.dead.silent_tokens[:n_dead] = trainer.dead.window + 1
+        trainer.dead.refresh()
         trainer.step(*trainer.scaling.apply(x))
 
     ours = {**products(shape, trainer.weights.encoder_rows.detach()), "saescope": step}

@@ -243,15 +243,8 @@ class Pipeline:
         if self.is_trained:
             return self.sae()
         source = self.live_source() if self._live else self.stored_source(self.capture())
-        return train(
-            self.config,
-            source.batches,
-            source.scaling,
-            self.run.path,
-            metadata=self.metadata(source.exclusion),
-            inputs=self.training_inputs,
-            progress=self.progress,
-        )
+        run = Run(self.config, self.run.path, self.metadata(source.exclusion), self.training_inputs)
+        return train(run, source.batches, source.scaling, progress=self.progress)
 
     @property
     def is_trained(self) -> bool:

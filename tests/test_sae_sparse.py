@@ -16,7 +16,7 @@ from sae.architectures.topk import TopK
 from sae.codes import Pattern, SparseCodes
 from sae.config import SAEConfig, TrainConfig
 from sae.scaling import Scaling
-from sae.train import Trainer
+from sae.trainer import Trainer
 
 NAMES = ("encoder_rows", "b_enc", "W_dec", "b_dec")
 
@@ -395,7 +395,7 @@ def test_two_runs_give_the_same_bits(architecture: str, two_threads: None) -> No
     def weights() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         trainer = Trainer(config, Scaling(torch.zeros(16), 1.0))
-        trainer.dead_window = 1000  # so that the auxiliary loss takes part
+        trainer.dead.window = 1000  # so that the auxiliary loss takes part
         for _ in range(6):
             x = torch.randn(700, 16, generator=generator)
             trainer.step(x, x)

@@ -14,7 +14,8 @@ from activations.errors import InputError
 from sae.config import SAEConfig, TrainConfig
 from sae.model import SparseAutoencoder
 from sae.scaling import Scaling
-from sae.train import Trainer, train
+from sae.train import Run, train, train_side_by_side
+from sae.trainer import Trainer
 
 D_IN, D_SAE, K = 16, 48, 3
 
@@ -67,7 +68,7 @@ def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
 @pytest.mark.parametrize(("architecture", "floor"), [("topk", 0.8), ("relu", 0.8)])
 def test_learns_planted_directions(tmp_path: Path, architecture: str, floor: float) -> None:
     batches = PlantedBatches(400)
-    sae = train(config(architecture), batches, moments(batches), tmp_path)
+    sae = train(Run(config(architecture), tmp_path), batches, moments(batches))
     held_out = torch.cat([batches.make(i) for i in range(9000, 9020)])
     assert explained_variance(sae, held_out) > floor
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -104,18 +105,16 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str
     settings = config(architecture, steps=120)
     whole = PlantedBatches(120)
     scaling = moments(whole)
-    expected = train(settings, whole, scaling, tmp_path / "whole", inputs={"a": 1})
+    expected = train(Run(settings, tmp_path / "whole", inputs={"a": 1}), whole, scaling)
     with pytest.raises(KeyboardInterrupt):
         train(
-            settings,
+            Run(settings, tmp_path / "cut", inputs={"a": 1}),
             PlantedBatches(120, dies_after=dies_after),
             scaling,
-            tmp_path / "cut",
-            inputs={"a": 1},
         )
     assert (tmp_path / "cut" / "checkpoints").is_dir()
     resumed = PlantedBatches(120)
-    sae = train(settings, resumed, scaling, tmp_path / "cut", inputs={"a": 1})
+    sae = train(Run(settings, tmp_path / "cut", inputs={"a": 1}), resumed, scaling)
     assert sae.hash == expected.hash
     for name in ("metrics.jsonl", "sae/sae_weights.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -125,30 +124,30 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str
 def test_other_inputs_start_afresh_and_equal_inputs_are_not_trained_again(tmp_path: Path) -> None:
     batches = PlantedBatches(20)
     scaling = moments(batches)
-    first = train(config(steps=20), batches, scaling, tmp_path, inputs={"seed": 1})
+    first = train(Run(config(steps=20), tmp_path, inputs={"seed": 1}), batches, scaling)
     untouched = PlantedBatches(20, dies_after=0)
-    assert train(config(steps=20), untouched, scaling, tmp_path, inputs={"seed": 1}).hash == first.hash
+    assert train(Run(config(steps=20), tmp_path, inputs={"seed": 1}), untouched, scaling).hash == first.hash
     with pytest.raises(KeyboardInterrupt):
-        train(config(steps=20), untouched, scaling, tmp_path, inputs={"seed": 2})
+        train(Run(config(steps=20), tmp_path, inputs={"seed": 2}), untouched, scaling)
 
 
 def test_another_configuration_is_trained_although_its_inputs_are_the_same(tmp_path: Path) -> None:
     scaling = moments(PlantedBatches(1))
-    train(config(steps=20), PlantedBatches(20), scaling, tmp_path)
+    train(Run(config(steps=20), tmp_path), PlantedBatches(20), scaling)
     other = replace(config(steps=20), sae=SAEConfig(d_sae=D_SAE, k=K + 1))
-    assert train(other, PlantedBatches(20), scaling, tmp_path).config.k == K + 1
+    assert train(Run(other, tmp_path), PlantedBatches(20), scaling).config.k == K + 1
 
 
 def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     settings = config(steps=120)
     scaling = moments(PlantedBatches(1))
-    expected = train(settings, PlantedBatches(120), scaling, tmp_path / "whole")
+    expected = train(Run(settings, tmp_path / "whole"), PlantedBatches(120), scaling)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, PlantedBatches(120, dies_after=60), scaling, tmp_path / "cut")
+        train(Run(settings, tmp_path / "cut"), PlantedBatches(120, dies_after=60), scaling)
     newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"torn")
     resumed = PlantedBatches(120)
-    assert train(settings, resumed, scaling, tmp_path / "cut").hash == expected.hash
+    assert train(Run(settings, tmp_path / "cut"), resumed, scaling).hash == expected.hash
 
 
 def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
@@ -164,7 +163,7 @@ def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
             sae=SAEConfig(d_sae=D_SAE, k=K, auxk=auxk),
         )
         trainer = Trainer(settings, scaling)
-        trainer.dead_window = 640
+        trainer.dead.window = 640
         with torch.no_grad():
             trainer.weights.b_enc[:8] = -30.0
         for number in range(200):
@@ -176,7 +175,7 @@ def test_dead_features_are_revived_by_the_auxiliary_loss() -> None:
     assert firings_of_dead_feature(0.0) == 0
     # The bias alone moves by at most 200 · 1e-2 = 2: to fire, the encoder must have turned too.
     trainer = Trainer(config(), scaling)
-    trainer.dead_window = 640
+    trainer.dead.window = 640
     with torch.no_grad():
         trainer.weights.b_enc[:8] = -30.0
     before = trainer.weights.encoder_rows[:8].detach().clone()
@@ -202,7 +201,7 @@ def test_impossible_settings_are_refused_before_anything_is_written(
 ) -> None:
     batches = PlantedBatches(1)
     with pytest.raises(InputError) as error:
-        train(TrainConfig(sae=sae), batches, moments(batches), tmp_path / "run")
+        train(Run(TrainConfig(sae=sae), tmp_path / "run"), batches, moments(batches))
     assert str(error.value) == sentence
     assert not (tmp_path / "run").exists()
 
@@ -217,3 +216,51 @@ def test_defaults_follow_the_length_of_the_run() -> None:
     steps = TrainConfig(tokens=244_000 * 2048, batch_tokens=2048)
     assert steps.resolved_learning_rate() == pytest.approx(3e-4, rel=0.1)
     assert long.resolved_learning_rate() < usual.resolved_learning_rate() <= short.resolved_learning_rate()
+
+
+def test_side_by_side_ends_in_the_bits_of_training_alone(tmp_path: Path) -> None:
+    """Different widths, architectures, seeds and rates; one is interrupted at another place than the others."""
+    scaling = moments(PlantedBatches(1))
+    base = config(steps=120)
+    settings = {
+        "topk": base,
+        "wide": replace(base, sae=SAEConfig(d_sae=2 * D_SAE, k=K), learning_rate=3e-3),
+        "seed": replace(base, seed=1),
+        "relu": config("relu", steps=120),
+    }
+    alone = {
+        name: train(Run(each, tmp_path / "alone" / name), PlantedBatches(120), scaling).hash
+        for name, each in settings.items()
+    }
+    together = [Run(each, tmp_path / name) for name, each in settings.items()]
+    train(together[2], PlantedBatches(120), scaling)
+    with pytest.raises(KeyboardInterrupt):
+        train_side_by_side(together[:2], PlantedBatches(120, dies_after=105), scaling)
+    with pytest.raises(KeyboardInterrupt):  # the fourth starts, and the first two wait for it
+        train_side_by_side(together, PlantedBatches(120, dies_after=47), scaling)
+    saes = train_side_by_side(together, PlantedBatches(120), scaling)
+    assert [sae.hash for sae in saes] == list(alone.values())
+    for name in settings:
+        lines = (tmp_path / name / "metrics.jsonl").read_bytes()
+        assert lines == (tmp_path / "alone" / name / "metrics.jsonl").read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch_tokens": 32}, "Runs side by side must have the same batch_tokens, and these have 64, 32"),
+        ({"tokens": 128}, "Runs side by side must have the same number of steps, and these have 20, 2"),
+        ({"order_seed": 3}, "Runs side by side must have the same order_seed, and these have 0, 3"),
+        ({"hook_name": "x"}, "Runs side by side must have the same hook_name, and these have"),
+        ({}, "Two runs side by side have the same folder"),
+    ],
+)
+def test_runs_that_do_not_go_together_are_refused(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    first = Run(config(steps=20), tmp_path / "a")
+    other = Run(replace(config(steps=20), **change), tmp_path / ("b" if change else "a"))
+    with pytest.raises(InputError) as error:
+        train_side_by_side([first, other], PlantedBatches(20), moments(PlantedBatches(1)))
+    assert str(error.value).startswith(sentence)
+    assert not list(tmp_path.iterdir())
