@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sae.codes import Pattern, SparseCodes
+from sae.codes import Pattern, SparseCodes, Transposed
+from sae.kernels.choice import Kernels, selecting, serving
 from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
@@ -132,7 +133,8 @@ def encode_topk(
     Returns:
         values ``[n, k]`` and int32 indices ``[n, k]``.
     """
-    parts = map_tiles(lambda tile: topk_of_tile(tile, k), centred, encoder_rows, encoder_bias)
+    kernels = selecting() or TORCH
+    parts = map_tiles(lambda tile: kernels.topk(tile, k), centred, encoder_rows, encoder_bias)
     values = torch.cat([tile_values for tile_values, _ in parts])
     indices = torch.cat([tile_indices.int() for _, tile_indices in parts])
     return (values.relu_() if relu else values), indices
@@ -153,14 +155,14 @@ class _Encode(torch.autograd.Function):
         relu: bool,
     ) -> Tensor:
         ctx.save_for_backward(rows, values, centred)
-        ctx.pattern, ctx.relu = pattern, relu
+        ctx.pattern, ctx.relu, ctx.kernels = pattern, relu, serving(pattern, rows) or TORCH
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, values, centred = ctx.saved_tensors
         grad = grads[0] * (values > 0) if ctx.relu else grads[0]
-        d_rows = ctx.pattern.transposed.weighted_sums(centred, grad)
+        d_rows = ctx.kernels.weighted_sums(ctx.pattern.transposed, centred, grad)
         d_bias = torch.zeros_like(rows[:, 0]).index_add_(0, ctx.pattern.indices.flatten(), grad.flatten())
         # The gradient of the input bias needs no [n, d_in] gather: Σ_n Σ_i g_ni W_i = (Σ_n g_n) · W.
         d_input_bias = -(d_bias @ rows) if ctx.needs_input_grad[0] else None
@@ -171,15 +173,15 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(values, decoder)
-        ctx.pattern = pattern
-        return _gather_sum(values, pattern, decoder).add_(b_dec)
+        ctx.pattern, ctx.kernels = pattern, serving(pattern, decoder) or TORCH
+        return ctx.kernels.gather_sum(values, pattern, decoder).add_(b_dec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, decoder = ctx.saved_tensors
         grad = grads[0].contiguous()
-        d_values = gathered_dots(grad, decoder, ctx.pattern) if ctx.needs_input_grad[0] else None
-        d_decoder = ctx.pattern.transposed.weighted_sums(grad, values)
+        d_values = ctx.kernels.gathered_dots(grad, decoder, ctx.pattern) if ctx.needs_input_grad[0] else None
+        d_decoder = ctx.kernels.weighted_sums(ctx.pattern.transposed, grad, values)
         return d_values, d_decoder, grad.sum(0), None
 
 
@@ -190,8 +192,9 @@ class _SquaredError(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, goal: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        error = _gather_sum(values, pattern, decoder).add_(b_dec).sub_(goal)
-        ctx.save_for_backward(values, error, gathered_dots(error, decoder, pattern))
+        ctx.kernels = serving(pattern, decoder) or TORCH
+        error, d_values = ctx.kernels.error_and_dots(values, pattern, decoder, b_dec, goal)
+        ctx.save_for_backward(values, error, d_values)
         ctx.pattern, ctx.factor = pattern, 2 / len(goal)
         ctx.mark_non_differentiable(error)
         return torch.linalg.vector_norm(error).square() / len(goal), error
@@ -200,7 +203,7 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, error, d_values = ctx.saved_tensors
         factor = grads[0] * ctx.factor
-        d_decoder = ctx.pattern.transposed.weighted_sums(error, values * factor)
+        d_decoder = ctx.kernels.weighted_sums(ctx.pattern.transposed, error, values * factor)
         d_goal = error * -factor if ctx.needs_input_grad[3] else None
         return d_values * factor, d_decoder, error.sum(0) * factor, d_goal, None
 
@@ -230,6 +233,31 @@ def gathered_dots(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
     else:
         rows, offsets = pattern.rows().int(), pattern.row_offsets[:-1].int()
     return kernel(left, right, pattern.indices.flatten(), offsets, rows, 0).view(pattern.indices.shape)
+
+
+class _TorchKernels:
+    """The sparse part of a step in PyTorch's operators, on any device."""
+
+    def topk(self, tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return topk_of_tile(tile, k)
+
+    def gather_sum(self, values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
+        return _gather_sum(values, pattern, table)
+
+    def gathered_dots(self, left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
+        return gathered_dots(left, right, pattern)
+
+    def error_and_dots(
+        self, values: Tensor, pattern: Pattern, decoder: Tensor, b_dec: Tensor, goal: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        error = _gather_sum(values, pattern, decoder).add_(b_dec).sub_(goal)
+        return error, gathered_dots(error, decoder, pattern)
+
+    def weighted_sums(self, transposed: Transposed, table: Tensor, weights: Tensor) -> Tensor:
+        return transposed.weighted_sums(table, weights)
+
+
+TORCH: Kernels = _TorchKernels()
 
 
 def row_dots(left: Tensor, right: Tensor) -> Tensor:
