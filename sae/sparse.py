@@ -304,9 +304,29 @@ def topk_codes(
     with torch.no_grad():
         centred = x if input_bias is None else x - input_bias
         values, indices = encode_topk(centred, encoder_rows, encoder_bias, k, relu=relu)
-    pattern = Pattern(len(encoder_rows), indices)
-    found = _Encode.apply(input_bias, encoder_rows, encoder_bias, values, centred, pattern, relu)
-    return SparseCodes(pattern, found)
+    codes = SparseCodes(Pattern(len(encoder_rows), indices), values)
+    return differentiable(codes, centred, input_bias, encoder_rows, encoder_bias, relu=relu)
+
+
+def differentiable(
+    codes: SparseCodes,
+    centred: Tensor,
+    input_bias: Tensor | None,
+    encoder_rows: Tensor,
+    encoder_bias: Tensor,
+    *,
+    relu: bool = False,
+) -> SparseCodes:
+    """Codes whose values are entries of ``centred · W_enc + b_enc``, with their gradients.
+
+    Args:
+        codes: without gradient. centred: ``[n, d_in]``, ``x − input_bias``; the rest as in :func:`topk_codes`.
+        relu: whether values were clipped at 0; those that are 0 then receive no gradient.
+    """
+    values = _Encode.apply(
+        input_bias, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, relu
+    )
+    return SparseCodes(codes.pattern, values)
 
 
 @torch.no_grad()
@@ -327,10 +347,7 @@ def relu_codes(
     with torch.no_grad():
         centred = x if input_bias is None else x - input_bias
         codes = encode_relu(centred, encoder_rows, encoder_bias)
-    values = _Encode.apply(
-        input_bias, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, False
-    )
-    return SparseCodes(codes.pattern, values)
+    return differentiable(codes, centred, input_bias, encoder_rows, encoder_bias)
 
 
 def decode(codes: SparseCodes, decoder: Tensor, b_dec: Tensor) -> Tensor:
