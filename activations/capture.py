@@ -3,11 +3,11 @@
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -202,6 +202,24 @@ def kept_positions(blocks: TokenBlocks, start: int, stop: int, x: Tensor, exclus
     """
     kept = exclusion.kept(blocks.ids_tensor(start, stop), x)
     return kept & counted_positions(blocks, start, stop).to(kept.device)
+
+
+def kept_at_all(
+    blocks: TokenBlocks,
+    start: int,
+    stop: int,
+    activations: Mapping[str, Tensor],
+    exclusions: Mapping[str, Exclusion],
+) -> Tensor:
+    """Which positions of blocks ``start`` to ``stop`` count at each of several hooks: bool [stop - start, context].
+
+    activations: by hook name, [stop - start, context, width]. exclusions: the rule at each hook.
+    """
+    at_each = [
+        kept_positions(blocks, start, stop, activations[hook_name], exclusion)
+        for hook_name, exclusion in exclusions.items()
+    ]
+    return reduce(lambda kept, others: kept & others.to(kept.device), at_each)
 
 
 def single_threaded_workers(n_workers: int) -> ThreadPoolExecutor:

@@ -165,6 +165,16 @@ class HookedModel(ABC):
             )
         return x.shape[-1]
 
+    def computes_before(self, first: str, then: str) -> bool:
+        """Whether hook ``first`` fires before ``then`` in a forward pass, so that no change at ``then`` reaches it.
+
+        Raises:
+            InputError: this model has no such hook, or one that does not fire.
+        """
+        backend = self._backend([first, then], ())
+        forward = partial(backend.base_model, **self._probe(1, 2))
+        return next(iter(backend.sites.capture(forward, [then, first], 1))) == first
+
     @property
     def _any_model(self) -> Any:
         return self._hf_model if self._hf_model is not None else self._bridge.original_model

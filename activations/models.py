@@ -291,21 +291,30 @@ class LanguageModel(HookedModel):
         return logits
 
     @torch.no_grad()
-    def replay(self, ids: Tensor, hook_name: str, *, attention_mask: Tensor | None = None) -> Replay:
+    def replay(
+        self,
+        ids: Tensor,
+        hook_name: str,
+        *,
+        also: Sequence[str] = (),
+        attention_mask: Tensor | None = None,
+    ) -> Replay:
         """Run the model on ``ids [batch, pos]`` so that what follows ``hook_name`` can be run again by itself.
 
         For logits under many different activations at one hook: on the SDPA path, each
-        :meth:`Replay.logits_with` computes only the blocks from the hook on. Arguments as for :meth:`capture`.
+        :meth:`Replay.logits_with` computes only the blocks from the hook on. ``also`` names other hooks, at which
+        :attr:`Replay.captured` then says what flowed; the other arguments are as for :meth:`capture`.
 
         Raises:
             InputError: as for :meth:`capture`, and inside a block of :meth:`edited`.
         """
         if active_scopes(self):
             raise InputError("A replay starts from the model as it is: leave the block of edited() first.")
-        backend = self._backend([hook_name], ())
+        backend = self._backend([hook_name, *also], ())
         ids, mask = self._checked(ids, attention_mask)
         positions = token_positions(ids, mask, self.tokenizer.special_ids)
-        return start_replay(backend, self, self._arguments(ids, mask), positions, hook_name, self.n_layers)
+        arguments = self._arguments(ids, mask)
+        return start_replay(backend, self, arguments, positions, hook_name, self.n_layers, also)
 
     def edited(self, *edits: Edit) -> AbstractContextManager[None]:
         """Hold ``edits`` for captures, logits and generation inside the block, in this thread only.

@@ -5,9 +5,9 @@ the same each time, so a replay starts at the block of the hook, from the residu
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class Replay:
     Attributes:
         activations: what flowed at the hook, ``[batch, pos, width]``.
         logits: ``[batch, pos, d_vocab]``.
+        captured: what flowed in the same pass at the other hooks that were asked for, by name.
     """
 
     activations: Tensor
     logits: Tensor
     _logits_with: Callable[[Tensor], Tensor]
+    captured: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def logits_with(self, activations: Tensor) -> Tensor:
@@ -62,16 +64,18 @@ def start_replay(
     positions: Tensor,
     hook_name: str,
     n_layers: int,
+    also: Sequence[str] = (),
 ) -> Replay:
     """Run ``backend``'s model on ``arguments`` and keep what is needed to run it again from ``hook_name`` on.
 
     Args:
-        backend: serves the hook.
+        backend: serves the hooks.
         owner: the model in whose name edits are made.
         arguments: of the forward pass; ``input_ids [batch, pos]`` among them.
         positions: of the tokens, ``[batch, pos]``, as edits see them.
         hook_name: where activations are to be replaced.
         n_layers: of the model.
+        also: further hooks whose activations are kept.
     """
     first_block, entrance, place = _start(backend, hook_name, n_layers)
     rest: Any = backend.causal_lm
@@ -95,9 +99,11 @@ def start_replay(
         ]
         return logits(rest, edits)
 
+    seen: dict[str, list[Tensor]] = {name: [] for name in also}
     edits = [StreamEdit(entrance, _recorded(entering)), Edit(place, _recorded(flowing))]
+    edits += [Edit(name, _recorded(values)) for name, values in seen.items()]
     clean = logits(backend.causal_lm, edits)
-    return Replay(flowing[0], clean, logits_with)
+    return Replay(flowing[0], clean, logits_with, {name: values[0] for name, values in seen.items()})
 
 
 def _start(backend: Backend, hook_name: str, n_layers: int) -> tuple[int, str, str]:

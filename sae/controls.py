@@ -1,8 +1,9 @@
-"""What an SAE must beat: principal components and random weights, at the same L0.
+"""What an SAE must beat: a linear map and random weights, at the same L0.
 
 A good reconstruction proves little by itself: activations concentrate in few directions, and dictionaries
 that were never trained explain much of their variance too (2501.17727, 2602.14111). Controls are fitted on
-training text, like the SAE.
+training text, like the SAE. The linear one keeps round(L0) numbers of each activation: principal components for an
+SAE, and for a transcoder, which has to predict other activations than those it reads, reduced-rank regression.
 """
 
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import capture_blocks, kept_positions
+from activations.capture import capture_blocks, kept_at_all
 from activations.models import LanguageModel
 from sae.architectures.base import Weights
 from sae.codes import Pattern, SparseCodes
+from sae.config import SAEConfig
 from sae.model import SparseAutoencoder
 from sae.sparse import tile_rows
 
@@ -25,14 +27,14 @@ L0_TOLERANCE = 0.02
 
 
 class Autoencoder(Protocol):
-    """What a reconstruction comes from: an SAE, or a control that behaves like one."""
+    """What a reconstruction comes from: an SAE or transcoder, or a control that behaves like one."""
 
     def encode(self, x: Tensor) -> SparseCodes:
         """The codes of ``x [n, d_in]``."""
         ...
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstructions ``[n, d_in]``."""
+    def decode(self, codes: SparseCodes, x: Tensor) -> Tensor:
+        """Reconstructions ``[n, d_out]`` of codes of ``x [n, d_in]``."""
         ...
 
 
@@ -40,15 +42,20 @@ def control_autoencoders(sae: SparseAutoencoder, reference: Tensor, seed: int) -
     """Both controls, at the SAE's mean L0 over 2,048 rows of ``reference``.
 
     Args:
-        reference: ``[n, d_in]``, activations of training text, with the SAE's device and dtype.
+        reference: activations of training text as :func:`reference_activations` gives them, with the SAE's device
+            and dtype.
         seed: of the random weights.
     """
-    sample = reference[:: -(-len(reference) // L0_ROWS)]
-    l0 = _mean_l0(sae, sample)
-    return {
-        "principal_components": PrincipalComponents.fit(reference, max(1, round(l0))),
-        "random_weights": random_weights(sae, mean_activation(reference), sample, l0, seed),
-    }
+    x, y = read_and_written(sae, reference)
+    step = -(-len(reference) // L0_ROWS)
+    l0 = _mean_l0(sae, x[::step])
+    rank = max(1, round(l0))
+    linear: dict[str, Autoencoder] = (
+        {"reduced_rank": ReducedRank.fit(x, y, rank)}
+        if sae.config.transcoder
+        else {"principal_components": PrincipalComponents.fit(x, rank)}
+    )
+    return {**linear, "random_weights": random_weights(sae, reference, l0, seed)}
 
 
 @dataclass(frozen=True)
@@ -67,59 +74,129 @@ class PrincipalComponents:
         """From activations ``reference [n, d_in]``, in float64; all components where k exceeds d_in."""
         mean = mean_activation(reference)
         centred = reference.cpu().double() - mean.cpu().double()
-        directions = torch.linalg.eigh(centred.t() @ centred).eigenvectors.t().flip(0)
-        return cls(mean, directions[:k].to(reference))
+        return cls(mean, _principal_directions(centred, k).to(reference))
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Coordinates of ``x [n, d_in]``: every row has all k components."""
-        k = len(self.components)
-        indices = torch.arange(k, dtype=torch.int32, device=x.device).expand(len(x), k)
-        return SparseCodes(Pattern(k, indices), (x - self.mean) @ self.components.t())
+        return _all_fire((x - self.mean) @ self.components.t())
 
-    def decode(self, codes: SparseCodes) -> Tensor:
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
         """Reconstructions ``[n, d_in]``."""
         return codes.values @ self.components + self.mean
 
 
-def random_weights(
-    sae: SparseAutoencoder, mean: Tensor, sample: Tensor, l0: float, seed: int
-) -> SparseAutoencoder:
-    """The SAE's architecture with random tied unit rows, centred on ``mean``, at the same L0.
+@dataclass(frozen=True)
+class ReducedRank:
+    """The best prediction of y from k numbers that are linear in x: reduced-rank regression (Izenman 1975).
 
-    An architecture whose L0 depends on its weights (ReLU) gets one threshold for all features, found by
-    bisection on ``sample``. The decoder is multiplied by the one number that reconstructs ``sample`` best:
-    random directions would otherwise lose by their length alone.
+    With B the least-squares map of centred x to centred y, and V the first k principal components of what it
+    predicts, ŷ = (x − x̄) B V Vᵀ + ȳ. Where y is x, B is the identity, and these are the principal components.
+
+    mean_in: ``[d_in]``. reading: B V, ``[d_in, k]``.
+    mean_out: ``[d_out]``. components: Vᵀ, ``[k, d_out]``, orthonormal rows, largest predicted variance first.
+    """
+
+    mean_in: Tensor
+    reading: Tensor
+    mean_out: Tensor
+    components: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, y: Tensor, k: int) -> "ReducedRank":
+        """From activations ``x [n, d_in]`` and ``y [n, d_out]``, in float64, without ridge.
+
+        All components where k exceeds d_out; the shortest of several least-squares maps.
+        """
+        mean_in, mean_out = mean_activation(x), mean_activation(y)
+        centred = x.cpu().double() - mean_in.cpu().double()
+        goal = y.cpu().double() - mean_out.cpu().double()
+        least_squares = torch.linalg.lstsq(centred, goal, driver="gelsd").solution
+        components = _principal_directions(centred @ least_squares, k)
+        return cls(mean_in, (least_squares @ components.t()).to(x), mean_out, components.to(y))
+
+    def encode(self, x: Tensor) -> SparseCodes:
+        """The k numbers of each row of ``x [n, d_in]``."""
+        return _all_fire((x - self.mean_in) @ self.reading)
+
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """Predictions ``[n, d_out]``."""
+        return codes.values @ self.components + self.mean_out
+
+
+def _principal_directions(centred: Tensor, k: int) -> Tensor:
+    """The first k principal directions of ``centred [n, d]``, as orthonormal rows ``[k, d]``."""
+    return torch.linalg.eigh(centred.t() @ centred).eigenvectors.t().flip(0)[:k]
+
+
+def _all_fire(values: Tensor) -> SparseCodes:
+    """Codes of which every one of the k entries of ``values [n, k]`` is one."""
+    n, k = values.shape
+    indices = torch.arange(k, dtype=torch.int32, device=values.device).expand(n, k)
+    return SparseCodes(Pattern(k, indices), values)
+
+
+def random_weights(sae: SparseAutoencoder, reference: Tensor, l0: float, seed: int) -> SparseAutoencoder:
+    """An untrained SAE of the same size and L0: random unit rows, tied, centred on the mean activation.
+
+    A TopK SAE is compared with TopK. The L0 of every other architecture depends on its weights: there the control is
+    a ReLU SAE with one threshold for all features, found by bisection on 2,048 rows of ``reference``. The decoder is
+    multiplied by the one number that reconstructs those rows best: random directions would otherwise lose by their
+    length alone. A transcoder's decoder rows are drawn by themselves, and it has no skip connection.
 
     Args:
-        mean: ``[d_in]``. sample: ``[n, d_in]``, activations of training text.
+        reference: activations of training text as :func:`reference_activations` gives them.
         l0: the mean L0 to reach.
     """
-    tied = Weights.tied(sae.d_in, sae.d_sae, torch.Generator().manual_seed(seed))
+    x, y = read_and_written(sae, reference)
+    mean_in, mean_out = mean_activation(x), mean_activation(y)
+    step = -(-len(reference) // L0_ROWS)
+    x, y = x[::step], y[::step]
+    generator = torch.Generator().manual_seed(seed)
+    tied = Weights.tied(sae.d_in, sae.d_sae, generator)
+    if sae.config.transcoder:
+        drawn = Weights.tied(sae.d_out, sae.d_sae, generator)
+        tied = replace(drawn, encoder_rows=tied.encoder_rows)
     weights = Weights(**{name: tensor.to(sae.b_dec) for name, tensor in tied.tensors().items()})
+    config = replace(sae.config, skip=False)
+    if sae.config.architecture != "topk":
+        config = SAEConfig(architecture="relu", d_sae=sae.d_sae, transcoder=sae.config.transcoder)
+    centring = weights.encoder_rows @ mean_in if sae.config.transcoder else torch.zeros_like(weights.b_enc)
 
     def with_threshold(threshold: float) -> SparseAutoencoder:
-        b_enc = torch.full_like(weights.b_enc, -threshold)
-        return SparseAutoencoder(sae.config, replace(weights, b_enc=b_enc, b_dec=mean), sae.metadata)
+        b_enc = -threshold - centring
+        return SparseAutoencoder(config, replace(weights, b_enc=b_enc, b_dec=mean_out), sae.metadata)
 
     control = with_threshold(0.0)
-    if _mean_l0(control, sample) > (1 + L0_TOLERANCE) * l0:
+    if _mean_l0(control, x) > (1 + L0_TOLERANCE) * l0:
         # Encoder rows have norm 1, so no pre-activation exceeds the norm of its input.
-        low, high = 0.0, float((sample - mean).norm(dim=1).max())
+        low, high = 0.0, float((x - mean_in).norm(dim=1).max())
         for _ in range(20):
             threshold = (low + high) / 2
             control = with_threshold(threshold)
-            if _mean_l0(control, sample) > l0:
+            if _mean_l0(control, x) > l0:
                 low = threshold
             else:
                 high = threshold
-    estimate = control(sample) - mean
-    scale = ((sample - mean) * estimate).sum() / estimate.square().sum().clamp_min(1e-30)
-    return SparseAutoencoder(sae.config, replace(control.weights, W_dec=weights.W_dec * scale), sae.metadata)
+    estimate = control(x) - mean_out
+    scale = ((y - mean_out) * estimate).sum() / estimate.square().sum().clamp_min(1e-30)
+    return SparseAutoencoder(config, replace(control.weights, W_dec=weights.W_dec * scale), sae.metadata)
 
 
 def mean_activation(reference: Tensor) -> Tensor:
     """Mean row of ``reference [n, d]``, summed in float64, in its dtype and on its device."""
     return reference.cpu().double().mean(0).to(reference)
+
+
+def read_and_written(sae: SparseAutoencoder, activations: Tensor) -> tuple[Tensor, Tensor]:
+    """What an SAE reads ``[n, d_in]`` and what it is to reconstruct ``[n, d_out]``: the same, but for a transcoder.
+
+    Args:
+        activations: ``[n, d_in]``; of a transcoder ``[n, d_in + d_out]``, both hooks side by side.
+    """
+    if not sae.config.transcoder:
+        return activations, activations
+    read, written = activations.split([sae.d_in, sae.d_out], dim=1)
+    return read, written
 
 
 def reference_activations(
@@ -131,16 +208,18 @@ def reference_activations(
         blocks: of the train split.
 
     Returns:
-        float32 ``[n_rows, d_in]`` on the CPU; fewer rows where the blocks hold fewer.
+        float32 ``[n_rows, d_in]`` on the CPU, of a transcoder ``[n_rows, d_in + d_out]``; fewer rows where the blocks
+        hold fewer.
     """
-    exclusion = sae.exclusion(model.tokenizer)
+    exclusions = sae.exclusions(model.tokenizer)
     parts: list[Tensor] = []
     missing = n_rows
-    for start, captured in capture_blocks(model, blocks, [sae.hook_name]):
-        x = captured[sae.hook_name]
-        kept = x[kept_positions(blocks, start, start + len(x), x, exclusion)][:missing]
-        parts.append(kept.float().cpu())
-        missing -= len(kept)
+    for start, captured in capture_blocks(model, blocks, list(exclusions)):
+        stop = start + len(captured[sae.hook_name])
+        counts = kept_at_all(blocks, start, stop, captured, exclusions)
+        sides = (captured[hook_name] for hook_name in exclusions)
+        parts.append(torch.cat([x[counts.to(x.device)][:missing].float().cpu() for x in sides], dim=1))
+        missing -= len(parts[-1])
         if missing <= 0:
             break
     return torch.cat(parts)

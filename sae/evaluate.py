@@ -8,12 +8,19 @@ sae                   the reconstruction x̂ = decode(encode(x))
 zero                  0
 mean                  the mean of ``reference``, activations of training text
 principal_components  x̂ from the first round(L0) principal components of ``reference`` (control)
-random_weights        x̂ of :func:`sae.controls.random_weights`, an untrained SAE of the same architecture
-                      and L0 (control)
+random_weights        x̂ of :func:`sae.controls.random_weights`, an untrained SAE of the same size and L0
+                      (control)
 ====================  ==================================================================================
 
+For a *transcoder*, which predicts y at ``hook_out`` from x at ``hook_name``, everything is replaced at ``hook_out``: by
+ŷ = decode(encode(x), x), with x from the unchanged pass (it is computed earlier, so no replacement reaches it), by 0,
+by the mean of y, and by both controls; in the place of principal components stands ``reduced_rank``, the best
+prediction of y from round(L0) numbers that are linear in x (:class:`sae.controls.ReducedRank`). Below, x and x̂ are then
+y and ŷ. What is called ``ce_sae`` is the loss with the transcoder.
+
 **Positions.** Every variant replaces the same positions: all tokens but those that training left out (special
-tokens, norms above the SAE's ``max_norm``). The others pass through unchanged. Padding counts nowhere.
+tokens, norms above the SAE's ``max_norm``; of a transcoder, at either hook). The others pass through unchanged.
+Padding counts nowhere.
 
 **Reconstruction**, over the replaced positions of the whole split:
 
@@ -46,6 +53,7 @@ and ``ce`` for ``ce_sae``. Sums are in float64; the same inputs, seed and batche
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -61,9 +69,9 @@ from activations.files import hash_tensors
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from sae.bootstrap import DocumentSums, Estimator, Figure, Totals
-from sae.controls import control_autoencoders, mean_activation
+from sae.controls import control_autoencoders, mean_activation, read_and_written
 from sae.model import SparseAutoencoder, check_belongs
-from sae.variants import AT_REPLACED, Variants
+from sae.variants import AT_REPLACED, Variants, check_alike
 
 BINS_PER_DECADE = 4
 
@@ -178,67 +186,119 @@ def evaluate(
     Args:
         blocks: the split to measure on.
         reference: ``[n, d_in]``, activations of the *train* split at positions that training keeps, from
-            which the mean of mean-ablation and both controls are made. 20,000 rows do; see
-            :func:`sae.controls.reference_activations`.
+            which the mean of mean-ablation and both controls are made; of a transcoder ``[n, d_in + d_out]``, both
+            hooks side by side. 20,000 rows do; see :func:`sae.controls.reference_activations`.
         controls: whether to run the two controls, which take a third of the time.
         seed: of the bootstrap and of the random weights.
 
     Raises:
         InputError: the SAE does not fit the model or ``reference``, or the blocks hold nothing to replace.
     """
-    _check(model, sae, reference)
-    reference = reference.to(sae.b_dec)
-    control = control_autoencoders(sae, reference, seed) if controls else {}
-    variants = Variants(model, sae, blocks, {"sae": sae, **control}, mean_activation(reference))
+    settings: dict[str, Any] = {"controls": controls, "seed": seed, "progress": progress}
+    return evaluate_many(model, {"the SAE": sae}, blocks, reference=reference, **settings)["the SAE"]
+
+
+def evaluate_many(
+    model: LanguageModel,
+    saes: Mapping[str, SparseAutoencoder],
+    blocks: TokenBlocks,
+    *,
+    reference: Tensor,
+    controls: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Evaluation]:
+    """:func:`evaluate` several SAEs of the same hooks: the unchanged model and the ablations are run once for all.
+
+    Arguments as for :func:`evaluate`; each result, under the name of its SAE, is the one it would have by itself.
+
+    Raises:
+        InputError: as for :func:`evaluate`, or the SAEs differ in hook, in what they leave out, in number format or
+            in device.
+    """
+    check_alike(saes)
+    for sae in saes.values():
+        _check(model, sae, reference)
+    first = next(iter(saes.values()))
+    reference = reference.to(first.b_dec)
+    # Sums carry names such as "sae.NAME" and "random_weights.NAME", which none of "clean", "zero", "mean" can be.
+    control = {
+        name: control_autoencoders(sae, reference, seed) if controls else {} for name, sae in saes.items()
+    }
+    variants = Variants(
+        model,
+        blocks,
+        {f"sae.{name}": sae for name, sae in saes.items()},
+        {f"{kind}.{name}": made for name, of_sae in control.items() for kind, made in of_sae.items()},
+        mean_activation(read_and_written(first, reference)[1]),
+    )
     sums = DocumentSums(len(blocks.names))
-    firings = torch.zeros(sae.d_sae, dtype=torch.int64)
+    firings = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in saes.items()}
     with progress("evaluate", total=blocks.n_tokens, unit="tokens") as step:
         for batch in in_order(model.device, variants.measure, variants.batches()):
             sums.add(batch.documents)
-            firings += batch.firings
+            for name, counts in firings.items():
+                counts += batch.firings[f"sae.{name}"]
             step(batch.n_tokens)
-    replaced = int(sums.totals().get("positions", 0))
-    if replaced == 0:
-        raise InputError("The blocks hold no token that the SAE would replace: give some that hold text.")
-
     estimate = Estimator(sums, seed)
-    values, intervals = estimate(lambda t: {**_reconstruction(t, "sae"), **_losses(t, "")})
-    at_replaced, at_replaced_intervals = estimate(lambda t: _losses(t, AT_REPLACED))
-    control_figures = {name: estimate(partial(_control, name=name)) for name in control}
-    dead = sae.metadata.get("dead")
-    return Evaluation(
-        split=blocks.split,
-        inputs={
-            "model": model.hash,
-            "sae": sae.hash,
-            "tokens": blocks.hash,
-            "reference": hash_tensors({"reference": reference}),
-        },
-        seed=seed,
-        tokens=blocks.n_tokens,
-        documents=int(sums.occurs.sum()),
-        replaced=replaced,
-        predictions=int(estimate.totals["predictions"]),
+    if not estimate.totals.get("positions", 0):
+        raise InputError("The blocks hold no token that the SAE would replace: give some that hold text.")
+    inputs = {
+        "model": model.hash,
+        "tokens": blocks.hash,
+        "reference": hash_tensors({"reference": reference}),
+    }
+    facts: dict[str, Any] = {
+        "split": blocks.split,
+        "seed": seed,
+        "tokens": blocks.n_tokens,
+        "documents": int(sums.occurs.sum()),
+    }
+    return {
+        name: Evaluation(
+            **facts,
+            inputs={**inputs, "sae": sae.hash},
+            **_figures(estimate, name, list(control[name])),
+            **_firings(sae, firings[name], int(estimate.totals["positions"])),
+        )
+        for name, sae in saes.items()
+    }
+
+
+def _figures(estimate: Estimator, name: str, controls: Sequence[str]) -> dict[str, Any]:
+    """What sums over documents say of an SAE and its controls: fields of :class:`Evaluation`."""
+    own = f"sae.{name}"
+    values, intervals = estimate(lambda t: {**_reconstruction(t, own), **_losses(t, "", own)})
+    at_replaced, at_replaced_intervals = estimate(lambda t: _losses(t, AT_REPLACED, own))
+    of_controls = {kind: estimate(partial(_control, name=f"{kind}.{name}")) for kind in controls}
+    return {
+        "replaced": int(estimate.totals["positions"]),
+        "predictions": int(estimate.totals["predictions"]),
         **values,
-        alive_fraction=float((firings > 0).double().mean()),
-        dead_fraction=None if dead is None else dead / sae.d_sae,
-        dead_window_tokens=sae.metadata.get("dead_window_tokens"),
-        density_histogram=_density_histogram(firings.numpy(), replaced),
-        intervals=intervals,
-        at_replaced={
+        "intervals": intervals,
+        "at_replaced": {
             "predictions": int(estimate.totals[f"{AT_REPLACED}predictions"]),
             **at_replaced,
             "intervals": at_replaced_intervals,
         },
-        controls={
-            name: {**figures, "intervals": bounds} for name, (figures, bounds) in control_figures.items()
-        },
-    )
+        "controls": {kind: {**found, "intervals": bounds} for kind, (found, bounds) in of_controls.items()},
+    }
+
+
+def _firings(sae: SparseAutoencoder, firings: Tensor, n_positions: int) -> dict[str, Any]:
+    """What an SAE's firings ``[d_sae]`` at these positions say of its features: fields of :class:`Evaluation`."""
+    dead = sae.metadata.get("dead")
+    return {
+        "alive_fraction": float((firings > 0).double().mean()),
+        "dead_fraction": None if dead is None else dead / sae.d_sae,
+        "dead_window_tokens": sae.metadata.get("dead_window_tokens"),
+        "density_histogram": _density_histogram(firings.numpy(), n_positions),
+    }
 
 
 def _reconstruction(t: Totals, name: str) -> dict[str, np.ndarray]:
     """How well an autoencoder reconstructs."""
-    variance = t["squares"] - np.square(t["x"]).sum(-1) / t["positions"]
+    variance = t["squares"] - np.square(t["y"]).sum(-1) / t["positions"]
     return {
         "l0": t[f"l0.{name}"] / t["positions"],
         "explained_variance": 1 - t[f"error.{name}"] / variance,
@@ -263,10 +323,10 @@ def _control(t: Totals, name: str) -> dict[str, np.ndarray]:
     return {**_reconstruction(t, name), **_effect(t, "", name)}
 
 
-def _losses(t: Totals, scope: str) -> dict[str, np.ndarray]:
-    """The effect of the SAE, and the losses that it is compared with."""
+def _losses(t: Totals, scope: str, name: str) -> dict[str, np.ndarray]:
+    """The effect of an SAE, and the losses that it is compared with."""
     n = t[f"{scope}predictions"]
-    effect = _effect(t, scope, "sae")
+    effect = _effect(t, scope, name)
     return {
         "ce_clean": t[f"{scope}ce.clean"] / n,
         "ce_sae": effect.pop("ce"),
@@ -294,7 +354,7 @@ def _density_histogram(firings: np.ndarray, n_positions: int) -> dict[str, Any]:
 
 def _check(model: LanguageModel, sae: SparseAutoencoder, reference: Tensor) -> None:
     check_belongs(model, sae)
-    width = sae.d_in
+    width = sae.d_in + sae.d_out if sae.config.transcoder else sae.d_in
     if reference.ndim != 2 or reference.shape[1] != width or len(reference) == 0:
         raise InputError(
             f"The reference activations have shape {tuple(reference.shape)}; they must be [n, {width}] with"

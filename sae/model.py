@@ -26,11 +26,15 @@ from sae.sparse import decode
 class SparseAutoencoder:
     """``f = σ((x − b_dec) W_enc + b_enc)``, ``x̂ = f W_dec + b_dec``, with σ given by the architecture.
 
+    A *transcoder* (``config.transcoder``) reads x at one hook and predicts y at another, ``f = σ(x W_enc + b_enc)``,
+    ``ŷ = f W_dec + b_dec``, plus ``W_skip x`` where it has a skip connection.
+
     Attributes:
         config: architecture, d_sae, k.
         weights: the tensors (:class:`sae.architectures.base.Weights`).
         metadata: where the SAE belongs: model_name, model_hash, hook_name, context_size, packing, prepend_bos,
-            max_norm (tokens with a larger ‖x‖ were left out of training) and whatever its file says besides.
+            max_norm (tokens with a larger ‖x‖ were left out of training) and whatever its file says besides; of a
+            transcoder also hook_name_out and max_norm_out (the bound on ‖y‖).
     """
 
     def __init__(self, config: SAEConfig, weights: Weights, metadata: dict[str, Any]) -> None:
@@ -51,17 +55,27 @@ class SparseAutoencoder:
 
     @property
     def W_dec(self) -> Tensor:
-        """Decoder, ``[d_sae, d_in]``: row i is the direction that feature i writes."""
+        """Decoder, ``[d_sae, d_out]``: row i is the direction that feature i writes."""
         return self.weights.W_dec
 
     @property
     def b_dec(self) -> Tensor:
-        """Decoder bias, ``[d_in]``."""
+        """Decoder bias, ``[d_out]``."""
         return self.weights.b_dec
 
     @property
+    def W_skip(self) -> Tensor | None:
+        """Of a transcoder with a skip connection, what it multiplies its input by: ``[d_out, d_in]``."""
+        return self.weights.W_skip
+
+    @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Width of the activations that are read."""
+        return self.weights.encoder_rows.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is written: d_in, but for a transcoder."""
         return self.weights.W_dec.shape[1]
 
     @property
@@ -71,8 +85,13 @@ class SparseAutoencoder:
 
     @property
     def hook_name(self) -> str:
-        """Where in the model this SAE reads and writes."""
+        """Where in the model this SAE reads."""
         return str(self.metadata["hook_name"])
+
+    @property
+    def hook_out(self) -> str:
+        """Where its reconstruction belongs: ``hook_name``, but for a transcoder."""
+        return str(self.metadata["hook_name_out"]) if self.config.transcoder else self.hook_name
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +104,18 @@ class SparseAutoencoder:
         return hash_tensors(self.weights.tensors())
 
     def exclusion(self, tokenizer: Tokenizer) -> Exclusion:
-        """The positions that training left out: special tokens and outlier norms."""
-        max_norm = self.metadata.get("max_norm")
+        """The positions that training left out by what is at ``hook_name``: special tokens and outlier norms."""
+        return self._exclusion(tokenizer, "max_norm")
+
+    def exclusions(self, tokenizer: Tokenizer) -> dict[str, Exclusion]:
+        """The same at each hook; training of a transcoder kept the positions that count at both of its hooks."""
+        found = {self.hook_name: self.exclusion(tokenizer)}
+        if self.config.transcoder:
+            found[self.hook_out] = self._exclusion(tokenizer, "max_norm_out")
+        return found
+
+    def _exclusion(self, tokenizer: Tokenizer, bound: str) -> Exclusion:
+        max_norm = self.metadata.get(bound)
         keeps_special = self.metadata.get("exclude_special_tokens") is False
         return Exclusion(
             frozenset() if keeps_special else tokenizer.special_ids,
@@ -99,14 +128,29 @@ class SparseAutoencoder:
         return self.architecture.encode(self.weights, x.to(self.b_dec.dtype))
 
     @torch.no_grad()
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstructions ``[n, d_in]`` of n codes."""
-        return decode(codes, self.W_dec, self.b_dec)
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """Reconstructions ``[n, d_out]`` of n codes.
+
+        Args:
+            x: ``[n, d_in]``, what the codes are of; needed where there is a skip connection.
+
+        Raises:
+            InputError: there is a skip connection, and no x.
+        """
+        output = decode(codes, self.W_dec, self.b_dec)
+        if self.W_skip is None:
+            return output
+        if x is None:
+            raise InputError(
+                "This transcoder adds a map of its input to its output: give decode the x that was encoded."
+            )
+        return output.addmm_(x.to(output.dtype), self.W_skip.t())
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))`` for x of any leading shape, ``[..., d_in]``."""
-        return self.decode(self.encode(x.reshape(-1, self.d_in))).view(x.shape).to(x.dtype)
+        """``decode(encode(x), x)`` for x of any leading shape: ``[..., d_in]`` to ``[..., d_out]``."""
+        rows = x.reshape(-1, self.d_in)
+        return self.decode(self.encode(rows), rows).view(*x.shape[:-1], self.d_out).to(x.dtype)
 
     def to(self, device: str | torch.device) -> "SparseAutoencoder":
         """The same SAE with its weights on another device."""
@@ -132,21 +176,41 @@ class SparseAutoencoder:
 
 
 def check_belongs(model: LanguageModel, sae: SparseAutoencoder) -> None:
-    """Make sure that an SAE reads this model.
+    """Make sure that an SAE reads, and a transcoder writes, in this model.
 
     Raises:
-        InputError: the SAE does not say where it belongs, was trained on other weights, or has another width.
+        InputError: the SAE does not say where it belongs, was trained on other weights, or has another width; or a
+            transcoder writes before it reads.
     """
     if "hook_name" not in sae.metadata:
         raise InputError("The SAE does not say where in a model it belongs: set metadata['hook_name'].")
-    width = model.width(sae.hook_name)
-    if width != sae.d_in:
-        raise InputError(
-            f"The SAE reads vectors of width {sae.d_in}, and {sae.hook_name} of {model.name} has width"
-            f" {width}: choose the model that the SAE was trained on."
-        )
+    if sae.config.transcoder and "hook_name_out" not in sae.metadata:
+        raise InputError("The transcoder does not say where it writes: set metadata['hook_name_out'].")
+    sides = [("reads", sae.hook_name, sae.d_in), ("writes", sae.hook_out, sae.d_out)]
+    for verb, hook_name, width in sides if sae.config.transcoder else sides[:1]:
+        found = model.width(hook_name)
+        if found != width:
+            raise InputError(
+                f"The SAE {verb} vectors of width {width}, and {hook_name} of {model.name} has width"
+                f" {found}: choose the model that the SAE was trained on."
+            )
+    if sae.config.transcoder:
+        check_order(model, sae.hook_name, sae.hook_out)
     if sae.metadata.get("model_hash") not in (None, model.hash):
         raise InputError(
             f"The SAE was trained on other weights than those of {model.name}: choose the model that the SAE was"
             " trained on."
+        )
+
+
+def check_order(model: LanguageModel, hook_name: str, hook_out: str) -> None:
+    """Make sure that a transcoder reads what does not depend on what it writes.
+
+    Raises:
+        InputError: ``hook_out`` is computed before ``hook_name``, or a hook is not there.
+    """
+    if not model.computes_before(hook_name, hook_out):
+        raise InputError(
+            f"{model.name} computes {hook_out} before {hook_name}: a transcoder reads at the earlier hook and predicts"
+            " the later one."
         )

@@ -4,17 +4,20 @@ This is the expensive part of an evaluation: one forward pass per batch of block
 behind the hook once more for each variant. What is summed and how figures come of it stands in :mod:`sae.evaluate`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from activations.blocks import PADDING, TokenBlocks
-from activations.capture import BlockRange, BlockRanges, blocks_per_batch, kept_positions
+from activations.capture import BlockRange, BlockRanges, blocks_per_batch, kept_at_all
+from activations.errors import InputError
 from activations.models import LanguageModel
 from sae.bootstrap import PartialSums
+from sae.codes import SparseCodes
 from sae.controls import Autoencoder
 from sae.model import SparseAutoencoder
 
@@ -27,31 +30,32 @@ _CHUNK_ENTRIES = 1 << 18  # of log-probabilities: a few such tensors stay in a c
 class BatchSums:
     """What one batch of blocks adds.
 
-    documents: sums over positions ("positions", "x", "squares", and for each autoencoder "l0.NAME",
+    documents: sums over positions ("positions", "y", "squares", and for each autoencoder "l0.NAME",
         "error.NAME", "cosine.NAME"), and over predictions ("predictions", "ce.clean", and for each variant
         "ce.NAME" and "kl.NAME"; all once more behind "at_replaced.", for predictions made at replaced
         positions).
-    firings: int64 ``[d_sae]``, how often each feature of the SAE fires.
+    firings: of each SAE by name, int64 ``[d_sae]``, how often each of its features fires.
     n_tokens: how many tokens were read, without padding.
     """
 
     documents: PartialSums
-    firings: Tensor
+    firings: dict[str, Tensor]
     n_tokens: int
 
 
 @dataclass(frozen=True)
 class Variants:
-    """Everything that is put in the place of activations at an SAE's hook.
+    """Everything that is put in the place of activations at one hook.
 
-    autoencoders: by name, "sae" among them.
-    mean: ``[d_in]``, of mean-ablation.
+    saes: by name; all belong to the same hooks and leave out the same positions (:func:`check_alike`).
+    controls: more that reconstructs from the same activations, by other names.
+    mean: ``[d_out]``, of mean-ablation.
     """
 
     model: LanguageModel
-    sae: SparseAutoencoder
     blocks: TokenBlocks
-    autoencoders: dict[str, Autoencoder]
+    saes: Mapping[str, SparseAutoencoder]
+    controls: Mapping[str, Autoencoder]
     mean: Tensor
 
     def batches(self) -> Sequence[BlockRange]:
@@ -68,53 +72,100 @@ class Variants:
         owners = self.blocks.documents[slice(*block_range)]
         ids = self.blocks.ids_tensor(*block_range)
         part = PartialSums(np.unique(owners[owners != PADDING]))
+        sae = next(iter(self.saes.values()))
+        exclusions = sae.exclusions(self.model.tokenizer)
         replay = self.model.replay(
-            ids, self.sae.hook_name, attention_mask=self.blocks.attention_mask(*block_range)
+            ids, sae.hook_out, also=list(exclusions), attention_mask=self.blocks.attention_mask(*block_range)
         )
-        x = replay.activations
-        kept = kept_positions(self.blocks, *block_range, x, self.sae.exclusion(self.model.tokenizer))
-        rows = x[kept].to(self.sae.b_dec)
-        replacements, firings = self._replacements(rows, owners[kept.cpu().numpy()], part)
+        x, y = replay.captured[sae.hook_name], replay.activations
+        kept = kept_at_all(self.blocks, *block_range, replay.captured, exclusions)
+        reconstruction = _Reconstruction(
+            x[kept.to(x.device)].to(self.mean), y[kept.to(y.device)].to(self.mean), owners[kept.cpu().numpy()]
+        )
+        part.add(reconstruction.owners, reconstruction.totals())
 
         predicted = torch.from_numpy(owners[:, 1:] != PADDING)
         clean = Predictions(replay.logits, ids, predicted)
         values = {"predictions": torch.ones_like(clean.ce), "ce.clean": clean.ce}
-        for name, replacement in replacements.items():
-            edited = x.clone()
-            edited[kept] = replacement.to(x)
+        firings = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in self.saes.items()}
+
+        def replace(name: str, replacement: Tensor) -> None:
+            edited = y.clone()
+            edited[kept.to(y.device)] = replacement.to(y)
             values[f"ce.{name}"], values[f"kl.{name}"] = clean.compare(replay.logits_with(edited))
+
+        replace("zero", torch.zeros_like(reconstruction.y))
+        replace("mean", self.mean.expand_as(reconstruction.y))
+        for name, autoencoder in {**self.saes, **self.controls}.items():
+            estimate = reconstruction.y
+            if len(estimate):
+                codes = autoencoder.encode(reconstruction.x)
+                estimate = autoencoder.decode(codes, reconstruction.x)
+                part.add(reconstruction.owners, reconstruction.compare(name, codes, estimate))
+                if name in firings:
+                    d_sae = len(firings[name])
+                    firings[name] = torch.bincount(codes.indices.flatten(), minlength=d_sae).cpu()
+            replace(name, estimate)
+
         predicted_owners = owners[:, 1:][predicted.numpy()]
         replaced = kept[:, :-1].cpu()[predicted].to(clean.ce)
         part.add(predicted_owners, values)
         part.add(predicted_owners, {AT_REPLACED + name: value * replaced for name, value in values.items()})
         return BatchSums(part, firings, int((owners != PADDING).sum()))
 
-    def _replacements(
-        self, x: Tensor, owners: np.ndarray, part: PartialSums
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """What each variant puts in the place of ``x [n, d_in]``, and how often each feature fires.
 
-        Sums of reconstruction metrics go to ``part``; ``owners [n]`` is the document of each row.
-        """
-        replacements = {"zero": torch.zeros_like(x), "mean": self.mean.expand_as(x)}
-        firings = torch.zeros(self.sae.d_sae, dtype=torch.int64)
-        if len(x) == 0:
-            return replacements | dict.fromkeys(self.autoencoders, x), firings
-        exact = x.cpu().double()
-        squares = exact.square().sum(1)
-        values = {"positions": torch.ones(len(x)), "x": exact, "squares": squares}
-        for name, autoencoder in self.autoencoders.items():
-            codes = autoencoder.encode(x)
-            replacements[name] = autoencoder.decode(codes)
-            estimate = replacements[name].cpu().double()
-            lengths = (squares * estimate.square().sum(1)).sqrt()
-            values[f"l0.{name}"] = codes.pattern.counts
-            values[f"error.{name}"] = (exact - estimate).square().sum(1)
-            values[f"cosine.{name}"] = (exact * estimate).sum(1) / lengths.clamp_min(1e-300)
-            if name == "sae":
-                firings = torch.bincount(codes.indices.flatten(), minlength=self.sae.d_sae).cpu()
-        part.add(owners, values)
-        return replacements, firings
+def check_alike(saes: Mapping[str, SparseAutoencoder]) -> None:
+    """Make sure that SAEs can be measured in one pass.
+
+    Raises:
+        InputError: there is none, or they differ in hook, in what they leave out, in number format or in device.
+    """
+    if not saes:
+        raise InputError("There is no SAE to evaluate: give at least one.")
+    (first, sae), *others = saes.items()
+    for name, other in others:
+        for what in ("hook_name", "hook_name_out", "max_norm", "max_norm_out", "exclude_special_tokens"):
+            if sae.metadata.get(what) != other.metadata.get(what):
+                raise InputError(
+                    f"{first} and {name} cannot be evaluated together, for their {what} differs"
+                    f" ({sae.metadata.get(what)} and {other.metadata.get(what)}): evaluate each by itself."
+                )
+        if (sae.b_dec.dtype, sae.device) != (other.b_dec.dtype, other.device):
+            raise InputError(
+                f"{first} and {name} are evaluated together: bring them to one number format and one device."
+            )
+
+
+@dataclass(frozen=True)
+class _Reconstruction:
+    """What is to be reconstructed in one batch, ``y [n, d_out]`` from ``x [n, d_in]`` (the same for an SAE).
+
+    owners: ``[n]``, the document of each row.
+    """
+
+    x: Tensor
+    y: Tensor
+    owners: np.ndarray
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """y in float64, on the CPU."""
+        return self.y.cpu().double()
+
+    def totals(self) -> dict[str, Tensor]:
+        """Row by row, what explained variance is measured against."""
+        squares = self.exact.square().sum(1)
+        return {"positions": torch.ones(len(self.y)), "y": self.exact, "squares": squares}
+
+    def compare(self, name: str, codes: SparseCodes, estimate: Tensor) -> dict[str, Tensor]:
+        """Row by row, how near ``estimate [n, d_out]`` comes; ``codes`` are those it was made from."""
+        estimate = estimate.cpu().double()
+        lengths = (self.exact.square().sum(1) * estimate.square().sum(1)).sqrt()
+        return {
+            f"l0.{name}": codes.pattern.counts,
+            f"error.{name}": (self.exact - estimate).square().sum(1),
+            f"cosine.{name}": (self.exact * estimate).sum(1) / lengths.clamp_min(1e-300),
+        }
 
 
 class Predictions:

@@ -22,7 +22,7 @@ from sae.architectures.base import Weights
 from sae.bootstrap import DocumentSums, Estimator, PartialSums
 from sae.config import SAEConfig
 from sae.controls import PrincipalComponents, control_autoencoders, reference_activations
-from sae.evaluate import Evaluation, evaluate
+from sae.evaluate import Evaluation, evaluate, evaluate_many
 from sae.model import SparseAutoencoder
 from sae.variants import Predictions
 
@@ -254,8 +254,8 @@ class HandModel:
     def width(self, hook_name):
         return 3
 
-    def replay(self, ids, hook_name, attention_mask=None):
-        return Replay(self.table[ids], self.table[ids], lambda x: x)
+    def replay(self, ids, hook_name, also, attention_mask=None):
+        return Replay(self.table[ids], self.table[ids], lambda x: x, dict.fromkeys(also, self.table[ids]))
 
 
 def test_an_example_of_two_documents_worked_out_by_hand():
@@ -359,8 +359,8 @@ def test_excluded_positions_pass_unchanged_in_every_variant(monkeypatch):
     seen = []
     replay = LanguageModel.replay
 
-    def spy(self, ids, hook_name, *, attention_mask=None):
-        made = replay(self, ids, hook_name, attention_mask=attention_mask)
+    def spy(self, ids, hook_name, *, also, attention_mask=None):
+        made = replay(self, ids, hook_name, also=also, attention_mask=attention_mask)
         variants = []
         seen.append((ids, attention_mask, made.activations, variants))
 
@@ -368,7 +368,7 @@ def test_excluded_positions_pass_unchanged_in_every_variant(monkeypatch):
             variants.append(x.clone())
             return made.logits_with(x)
 
-        return Replay(made.activations, made.logits, logits_with)
+        return Replay(made.activations, made.logits, logits_with, made.captured)
 
     monkeypatch.setattr(LanguageModel, "replay", spy)
     evaluate(model(), sae, blocks, reference=reference(), controls=False)
@@ -407,6 +407,51 @@ def test_the_same_bits_however_many_workers(monkeypatch):
         results.append(result)
     monkeypatch.undo()
     assert results[0] == results[1]
+
+
+def test_several_saes_in_one_pass_have_the_results_they_have_alone(monkeypatch):
+    """Names that variants bear are allowed, too. The unchanged model runs once for all."""
+    max_norm = float(reference().norm(dim=1).quantile(0.8))
+    saes = {
+        "zero": make_sae(max_norm=max_norm, dead=3, dead_window_tokens=7),
+        "clean": make_sae("relu", max_norm=max_norm),
+    }
+    passes = []
+    replay = LanguageModel.replay
+    monkeypatch.setattr(
+        LanguageModel, "replay", lambda *given, **named: (passes.append(1), replay(*given, **named))[1]
+    )
+    found = evaluate_many(model(), saes, make_blocks(), reference=reference(), controls=True)
+    n_passes = len(passes)
+    alone = {name: evaluate(model(), sae, make_blocks(), reference=reference()) for name, sae in saes.items()}
+    assert found == alone
+    assert found["zero"] != found["clean"]
+    assert len(passes) == 3 * n_passes
+
+
+def test_saes_that_cannot_share_a_pass_are_refused():
+    sae, blocks = make_sae(), make_blocks()
+    other_hook = make_sae(hook_name="blocks.0.hook_resid_post")
+    cases = [
+        ({}, "There is no SAE to evaluate: give at least one."),
+        (
+            {"a": sae, "b": other_hook},
+            "a and b cannot be evaluated together, for their hook_name differs (blocks.1.hook_resid_post and"
+            " blocks.0.hook_resid_post): evaluate each by itself.",
+        ),
+        (
+            {"a": sae, "b": make_sae(max_norm=1.0)},
+            "a and b cannot be evaluated together, for their max_norm differs (None and 1.0): evaluate each by itself.",
+        ),
+        (
+            {"a": sae, "b": make_sae(dtype=torch.float32)},
+            "a and b are evaluated together: bring them to one number format and one device.",
+        ),
+    ]
+    for saes, sentence in cases:
+        with pytest.raises(InputError) as error:
+            evaluate_many(model(), saes, blocks, reference=reference())
+        assert str(error.value) == sentence
 
 
 def test_batches_of_any_size_give_the_same_figures(monkeypatch):
