@@ -1,12 +1,13 @@
 """From a configuration to an architecture."""
 
 from sae.architectures.base import Architecture
+from sae.architectures.gated import Gated
 from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.config import SAEConfig
 
-ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in (TopK, JumpReLU, ReLU)}
+ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in (TopK, JumpReLU, Gated, ReLU)}
 
 
 def architecture_from(config: SAEConfig) -> Architecture:

@@ -4,6 +4,11 @@
 
 Anthropic, "Circuits Updates, April 2024" (the loss of "Scaling Monosemanticity"): decoder norms are free, λ rises
 linearly from 0 over the first 5% of the run, inputs are scaled to a mean squared norm of d_in.
+
+With p-annealing (Karvonen et al. 2024, 2408.00113) f_i becomes ``(f_i + δ)^p − δ^p``, where p falls linearly from 1 to
+``p_end`` over the second half of the run. A small p punishes firing rather than firing strongly. δ = 1/100 bounds the slope at 0,
+where the paper's f^p is infinitely steep. λ is multiplied, as in the paper, by whatever keeps the penalty's size when p
+changes: here by Σ(p before) / Σ(p now), both on the batch at hand, in every step.
 """
 
 from dataclasses import dataclass
@@ -14,11 +19,61 @@ from torch import Tensor
 
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
-from sae.dense_tiles import dense_relu_loss
-from sae.sparse import encode_relu, relu_codes, squared_error
+from sae.l0_control import initial_control, next_control, sparsity_weight
+from sae.paying import Entries, Rule, paid_loss
+from sae.sparse import encode_relu
 
-SPARSE_BELOW = 1 / 8  # of the features firing per row: there the sparse path overtakes the dense formula
-L1_WARMUP = 0.05
+OFFSET = 0.01  # δ
+ANNEAL_FROM = 0.5  # of the run
+
+
+class _ReLURule(Rule):
+    """The module's equation at one entry."""
+
+    def __init__(
+        self, weights: Weights, weight: Tensor | float, n: int, p: float = 1.0, p_before: Tensor | None = None
+    ) -> None:
+        self.norms = weights.W_dec.detach().norm(dim=1)
+        self.weight, self.n, self.p, self.p_before = weight, n, p, p_before
+        self.powers = self.powers_before = torch.zeros_like(self.norms)
+
+    def matters(self, pre: Tensor) -> Tensor:
+        """Where pre-activations are positive."""
+        return pre > 0
+
+    def codes(self, entries: Entries) -> tuple[Tensor, ...]:
+        """The positive pre-activations."""
+        return (entries.pre.relu(),)
+
+    def slopes(self, entries: Entries, codes: tuple[Tensor, ...], from_error: list[Tensor]) -> Tensor:
+        """Of error and penalty, where a feature fires."""
+        f, slope = codes[0], from_error[0]
+        penalty = entries.spread(self.norms * (self.weight / self.n))
+        self.powers = self.powers + entries.sums(_power(f, self.p))
+        if self.p != 1:
+            penalty = penalty * self.p * (f + OFFSET).pow_(self.p - 1)
+        if self.p_before is not None:
+            self.powers_before = self.powers_before + entries.sums(_power(f, self.p_before))
+        return slope.add_(penalty).mul_(f > 0)
+
+    def penalty(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """λ · mean Σ_i f_i ‖W_dec,i‖, or with powers of f_i."""
+        l1 = (self.powers @ self.norms) / self.n
+        return self.weight * l1, {"l1": l1}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the decoder's norms."""
+        return {"norms": self.powers * (self.weight / self.n)}
+
+    def rescaling(self) -> Tensor:
+        """The penalty with the exponent before, as a multiple of the penalty now; 1 where nothing fires."""
+        before, now = self.powers_before @ self.norms, self.powers @ self.norms
+        return torch.where(now > 0, before / now, torch.ones_like(now))
+
+
+def _power(f: Tensor, p: float | Tensor) -> Tensor:
+    """``(f + δ)^p − δ^p``; f itself for p = 1."""
+    return f if isinstance(p, float) and p == 1 else (f + OFFSET) ** p - OFFSET**p
 
 
 @dataclass(frozen=True)
@@ -29,31 +84,26 @@ class ReLU(Architecture):
     paper_unit_decoder: ClassVar[bool] = False
     initial_decoder_norm: ClassVar[float] = 0.1
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """What the controller of L0 and p-annealing carry, if they are asked for: the last p, and the factor on λ."""
+        annealing = {"p": torch.ones(()), "p_factor": torch.ones(())} if self.config.p_end < 1 else {}
+        return initial_control(self.config) | annealing
+
     def loss(self, weights: Weights, x: Tensor, y: Tensor, moment: Moment) -> Loss:
-        """See the module's equation. ``moment.dead`` is not used: this loss has no auxiliary term.
-
-        The path (dense tiles or sparse) is chosen by how many features fire on the first rows of the batch.
-        """
-        l1 = self.config.resolved_sparsity_weight() * min(moment.done / L1_WARMUP, 1.0)
-        if self._density(weights, x) > SPARSE_BELOW:
-            total, sparsity, entries, fired = dense_relu_loss(
-                x, weights.encoder_rows, weights.b_enc, weights.W_dec, weights.b_dec, l1
-            )
-            mse = total.detach() - l1 * sparsity
-            return Loss(total, {"mse": mse, "l1": sparsity}, entries, fired)
-        codes = relu_codes(x, self.input_bias(weights), weights.encoder_rows, weights.b_enc)
-        mse, _ = squared_error(codes, weights.W_dec, weights.b_dec, self.goal(weights, x, y))
-        sums = torch.zeros_like(weights.b_enc).index_add(0, codes.indices, codes.values)
-        sparsity = (sums @ weights.W_dec.norm(dim=1)) / len(x)
-        fired = torch.zeros(self.config.d_sae, dtype=torch.bool, device=x.device)
-        fired[codes.indices] = True
-        entries = torch.tensor(codes.nnz, device=x.device)
-        return Loss(mse + l1 * sparsity, {"mse": mse.detach(), "l1": sparsity.detach()}, entries, fired)
-
-    @torch.no_grad()
-    def _density(self, weights: Weights, x: Tensor) -> float:
-        sample = self.centred(weights, x[:64])
-        return float((torch.addmm(weights.b_enc, sample, weights.encoder_rows.t()) > 0).float().mean())
+        """See the module's equation. ``moment.dead`` is not used: this loss has no auxiliary term."""
+        weight = sparsity_weight(self.config, moment) * moment.state.get("p_factor", 1.0)
+        p = 1 - (1 - self.config.p_end) * max(moment.done - ANNEAL_FROM, 0) / (1 - ANNEAL_FROM)
+        rule = _ReLURule(weights, weight, len(x), p, moment.state["p"] if p < 1 else None)
+        total, terms, firings = paid_loss(self, rule, weights, x, y)
+        entries = firings.sum()
+        state = next_control(self.config, moment, entries / len(x))
+        if p < 1:
+            annealed = {
+                "p": torch.full_like(moment.state["p"], p),
+                "p_factor": moment.state["p_factor"] * rule.rescaling(),
+            }
+            state = state | annealed
+        return Loss(total, terms, entries, firings > 0, state)
 
     def encode(self, weights: Weights, x: Tensor) -> SparseCodes:
         """All positive activations."""

@@ -1,0 +1,268 @@
+"""Losses of architectures that pay for firing (relu, gated, jumprelu): value and all gradients in one pass.
+
+Such a loss is a reconstruction error plus a penalty that depends on each pre-activation ``z_ni`` alone. An architecture
+says what happens at one entry (n, i): a :class:`Rule`. Here the rule is carried out on all entries, in either layout:
+
+* **dense**, row tile by row tile, while many features fire: early in training half of all pre-activations are positive,
+  and sparse codes would be larger than the dense tensor. The loss of a row depends on no other row, so each tile's
+  gradients are taken right after its forward pass and accumulated: memory is that of one tile.
+* **sparse**, only the entries that matter, once they are few: one dense product remains.
+
+Whatever depends linearly on *all* pre-activations needs neither: it is worked out from the sum of the inputs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from sae.architectures.base import Architecture, Weights
+from sae.codes import Pattern
+from sae.sparse import gathered_dots, map_tiles, tile_rows
+
+SPARSE_BELOW = 1 / 16  # of all entries: from there on the sparse layout is faster
+_SAMPLE = 64  # rows that the choice of the layout is made from
+
+
+class Entries(ABC):
+    """Some entries of the pre-activations ``[n, d_sae]``, and sums over them.
+
+    Attributes:
+        pre: their values; ``[n, d_sae]`` (dense) or ``[nnz]`` (sparse). Every per-entry tensor has this shape.
+    """
+
+    pre: Tensor
+
+    @abstractmethod
+    def spread(self, per_feature: Tensor) -> Tensor:
+        """A tensor ``[d_sae]`` in a shape that combines with per-entry tensors."""
+
+    @abstractmethod
+    def sums(self, values: Tensor) -> Tensor:
+        """``Σ_n v_ni``: ``[d_sae]``."""
+
+    @abstractmethod
+    def decoded(self, values: Tensor, decoder: Tensor) -> Tensor:
+        """``Σ_i v_ni W_dec,i``: ``[n, d_out]``."""
+
+    @abstractmethod
+    def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
+        """``rows_n · W_dec,i`` at every entry, of ``rows [n, d_out]``."""
+
+    @abstractmethod
+    def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
+        """``total + Σ_n v_ni rows_n``, ``[d_sae, d]``, in place where a total is given."""
+
+
+class DenseTile(Entries):
+    """All entries of some rows."""
+
+    def __init__(self, pre: Tensor) -> None:
+        self.pre = pre
+
+    def spread(self, per_feature: Tensor) -> Tensor:
+        """See :class:`Entries`, as all methods."""
+        return per_feature
+
+    def sums(self, values: Tensor) -> Tensor:
+        return values.sum(0)
+
+    def decoded(self, values: Tensor, decoder: Tensor) -> Tensor:
+        return values @ decoder
+
+    def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
+        return rows @ decoder.t()
+
+    def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
+        return values.t() @ rows if total is None else total.addmm_(values.t(), rows)
+
+
+class SparseEntries(Entries):
+    """The entries of a ragged pattern."""
+
+    def __init__(self, pre: Tensor, pattern: Pattern) -> None:
+        assert pattern.row_offsets is not None
+        self.pre, self.pattern = pre, pattern
+        self._starts = pattern.row_offsets[:-1].to(pattern.indices.dtype)
+
+    def spread(self, per_feature: Tensor) -> Tensor:
+        """See :class:`Entries`, as all methods."""
+        return per_feature.index_select(0, self.pattern.indices)
+
+    def sums(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.pattern.d_sae).index_add_(0, self.pattern.indices, values)
+
+    def decoded(self, values: Tensor, decoder: Tensor) -> Tensor:
+        return embedding_bag(
+            self.pattern.indices, decoder, self._starts, mode="sum", per_sample_weights=values
+        )
+
+    def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
+        return gathered_dots(rows, decoder, self.pattern)
+
+    def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
+        sums = self.pattern.transposed.weighted_sums(rows, values)
+        return sums if total is None else total.add_(sums)
+
+
+class Rule(ABC):
+    """What an architecture does at one entry, for one batch; the mean over rows is its business (``1/n`` included).
+
+    It sees the entries part by part (:meth:`codes`, then :meth:`slopes`), sums up what it needs, and gives the rest of
+    the loss and of the gradients at the end (:meth:`penalty`, :meth:`gradients`).
+    """
+
+    @abstractmethod
+    def matters(self, pre: Tensor) -> Tensor:
+        """Bool ``[n, d_sae]``: where an activation or a slope is not 0."""
+
+    @abstractmethod
+    def codes(self, entries: Entries) -> tuple[Tensor, ...]:
+        """Activations per entry: first those whose reconstruction counts, then any whose reconstruction error is added
+        to the loss with the decoder's side (W_dec, b_dec, W_skip) held fixed.
+        """
+
+    @abstractmethod
+    def slopes(self, entries: Entries, codes: tuple[Tensor, ...], from_error: list[Tensor]) -> Tensor:
+        """The loss's derivative with respect to ``(x W_enc)_ni``, per entry.
+
+        Args:
+            from_error: derivatives of the reconstruction errors with respect to each of ``codes``.
+        """
+
+    def everywhere(self, pre_sums: Tensor) -> Tensor | None:
+        """The derivative ``[d_sae]`` that the loss has with respect to every pre-activation, beside :meth:`slopes`.
+
+        Args:
+            pre_sums: ``Σ_n z_ni``, ``[d_sae]``.
+        """
+        return None
+
+    @abstractmethod
+    def penalty(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the loss has beside reconstruction errors, and its parts by name (without their weights)."""
+
+    @abstractmethod
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients ``[d_sae]`` of further parameters by name, and as ``norms`` that of ‖W_dec,i‖."""
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they serve once
+        return None, None, *(gradient.mul_(grads[0]) for gradient in gradients)
+
+
+def paid_loss(
+    architecture: Architecture, rule: Rule, weights: Weights, x: Tensor, y: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """``mean_n ‖ŷ − y‖²`` plus what the rule adds.
+
+    Args:
+        architecture: says what the encoder reads and what features have to reconstruct.
+        weights: all of its tensors receive gradients. x: ``[n, d_in]``. y: ``[n, d_out]``.
+
+    Returns:
+        the total, differentiable once; its parts (``mse`` first), detached; how often each feature fired, int64
+        ``[d_sae]``.
+    """
+    goal = architecture.goal(weights, x, y)
+    with torch.no_grad():
+        centred = architecture.centred(weights, x)
+        value, terms, firings, gradients = _evaluated(rule, weights, centred, goal)
+        if architecture.input_bias(weights) is not None:
+            gradients["b_dec"] -= gradients.pop("product") @ weights.encoder_rows
+        gradients.pop("product", None)
+    named = weights.tensors() | {"goal": goal}
+    total = _Known.apply(value, list(gradients.values()), *(named[name] for name in gradients))
+    return total, terms, firings
+
+
+def _evaluated(
+    rule: Rule, weights: Weights, centred: Tensor, goal: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Loss, its parts, firings, and gradients by name; under ``product`` the sum over rows of that of ``x W_enc``."""
+    w, n = weights, len(goal)
+    gradients = {"b_dec": torch.zeros_like(w.b_dec)}
+    if goal.requires_grad:
+        gradients["goal"] = torch.empty_like(goal)
+    mse = auxiliary = goal.new_zeros(())
+    firings = product = torch.zeros_like(w.b_enc)
+    for rows, entries in _parts(rule, centred, w):
+        codes = rule.codes(entries)
+        from_error = []
+        for place, code in enumerate(codes):
+            error = entries.decoded(code, w.W_dec).add_(w.b_dec).sub_(goal[rows])
+            square = torch.linalg.vector_norm(error).square() / n
+            error.mul_(2 / n)
+            from_error.append(entries.dots(error, w.W_dec))
+            if place > 0:
+                auxiliary = auxiliary + square
+                continue
+            mse = mse + square
+            gradients["W_dec"] = entries.outer(code, error, gradients.get("W_dec"))
+            gradients["b_dec"] += error.sum(0)
+            if "goal" in gradients:
+                torch.neg(error, out=gradients["goal"][rows])
+        firings = firings + entries.sums((codes[0] != 0).to(centred.dtype))
+        slopes = rule.slopes(entries, codes, from_error)
+        gradients["encoder_rows"] = entries.outer(slopes, centred[rows], gradients.get("encoder_rows"))
+        product = product + entries.sums(slopes)
+    inputs = centred.sum(0)
+    everywhere = rule.everywhere(w.encoder_rows @ inputs + w.b_enc * n)
+    if everywhere is not None:
+        gradients["encoder_rows"].addr_(everywhere, inputs)
+        product = product + everywhere * n
+    gradients |= {"product": product, "b_enc": product.clone(), **rule.gradients()}
+    norms = w.W_dec.norm(dim=1).clamp_min_(torch.finfo(w.W_dec.dtype).tiny)
+    gradients["W_dec"].addcmul_(w.W_dec, (gradients.pop("norms") / norms)[:, None])
+    penalty, terms = rule.penalty()
+    return mse + auxiliary + penalty, {"mse": mse, **terms}, firings.long(), gradients
+
+
+def _parts(rule: Rule, centred: Tensor, weights: Weights) -> Iterator[tuple[slice, Entries]]:
+    """All entries that matter, with the rows they belong to."""
+    rows, bias, n = weights.encoder_rows, weights.b_enc, len(centred)
+    if _few_matter(rule, centred, weights):
+        yield slice(0, n), _sparse_entries(rule, centred, rows, bias)
+        return
+    step = tile_rows(len(bias), centred.element_size())
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        yield part, DenseTile(torch.addmm(bias, centred[part], rows.t()))
+
+
+def _few_matter(rule: Rule, centred: Tensor, weights: Weights) -> bool:
+    """Judged by the first rows. Elsewhere than on a CPU always false: the question would wait for the device."""
+    if centred.device.type != "cpu":
+        return False
+    sample = torch.addmm(weights.b_enc, centred[:_SAMPLE], weights.encoder_rows.t())
+    return float(rule.matters(sample).float().mean()) < SPARSE_BELOW
+
+
+def _sparse_entries(rule: Rule, centred: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> SparseEntries:
+    d_sae = len(b_enc)
+
+    def select(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.from_numpy(np.flatnonzero(rule.matters(tile).numpy()))
+        counts = torch.bincount(places // d_sae, minlength=len(tile))
+        return counts, (places % d_sae).int(), tile.view(-1)[places]
+
+    counts, indices, values = map(
+        torch.cat, zip(*map_tiles(select, centred, encoder_rows, b_enc), strict=True)
+    )
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return SparseEntries(values, Pattern(d_sae, indices, offsets))
