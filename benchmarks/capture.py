@@ -38,7 +38,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 import transformers
-from peers import saelens_python
+from peers import peer_python
 from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -390,7 +390,7 @@ def main() -> int:
     python = Path()
     if "live" in arguments.only:
         try:
-            python = saelens_python()
+            python = peer_python("sae-lens")
         except (subprocess.CalledProcessError, OSError) as error:
             print(f"SAELens could not be installed: {error}", file=sys.stderr)
             return 1

@@ -3,7 +3,7 @@
 Each lives in a folder of its own under ``benchmarks/.venvs/`` (their pins contradict ours: SAELens wants
 transformer-lens below 4), is made on first use and reused afterwards. Usage::
 
-    python benchmarks/peers.py            # make the environment, print the path of its python
+    python benchmarks/peers.py [PEER]     # make the environments, print the path of each one's python
 """
 
 import argparse
@@ -13,24 +13,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-SAELENS = "6.54.12"
+PEERS = {"sae-lens": "6.54.12", "dictionary-learning": "0.1.0", "eai-sparsify": "1.3.3"}
+# What pip is asked for where the name and version alone will not do: dictionary-learning reads language models with
+# nnsight, which brings a torchvision of another torch. Training, encoding and its files need these only.
+INSTEAD = {"dictionary-learning": ("--no-deps dictionary-learning==0.1.0", "einops tqdm numpy")}
 CACHE = Path(__file__).parent / ".venvs"
 
 
-def saelens_python(cache: Path = CACHE) -> Path:
-    """The Python interpreter of an environment that holds SAELens and the same release of torch as ours.
+def peer_python(peer: str, cache: Path = CACHE) -> Path:
+    """The Python interpreter of an environment that holds one of ``PEERS`` and the same release of torch as ours.
 
-    Installing takes some minutes and 2 GB on the first call.
+    Installing takes some minutes and up to 2 GB on the first call.
 
     Raises:
         subprocess.CalledProcessError: pip failed; an unfinished environment is not reused.
     """
     torch = importlib.metadata.version("torch").partition("+")[0]
-    return environment(cache / f"saelens-{SAELENS}-torch-{torch}", f"torch=={torch}", f"sae-lens=={SAELENS}")
+    folder = cache / f"{peer}-{PEERS[peer]}-torch-{torch}"
+    return environment(folder, f"torch=={torch}", *INSTEAD.get(peer, [f"{peer}=={PEERS[peer]}"]))
 
 
 def environment(folder: Path, *requirements: str) -> Path:
-    """The Python of a virtual environment at ``folder`` that holds ``requirements``, installed one after another.
+    """The Python of a virtual environment at ``folder`` after one call of pip with the words of each requirement.
 
     torch comes first so that pip takes the build its own configuration names (a CPU one where there is no GPU)
     before another package's requirement can choose a different one.
@@ -42,12 +46,15 @@ def environment(folder: Path, *requirements: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for requirement in requirements:
             print(f"installing {requirement} into {folder}", file=sys.stderr, flush=True)
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", requirement], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirement.split()], check=True)
         finished.touch()
     return python
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peers", nargs="*", choices=[[], *PEERS], help="which of them; all by default")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the environments lie")
-    print(saelens_python(parser.parse_args().cache))
+    arguments = parser.parse_args()
+    for name in arguments.peers or PEERS:
+        print(peer_python(name, arguments.cache))

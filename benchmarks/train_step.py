@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from peers import saelens_python
+from peers import peer_python
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--dead", type=float, default=0.0, help="share of features declared dead, 0 to 1")
     arguments = parser.parse_args()
     try:
-        python = saelens_python()
+        python = peer_python("sae-lens")
     except (subprocess.CalledProcessError, OSError) as error:
         print(f"SAELens could not be installed: {error}", file=sys.stderr)
         return 1
