@@ -149,6 +149,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Put the files of ``source`` into a new folder ``target`` without copying them, where the disk allows that.
+
+    Files are never changed in place, so two folders can share them.
+    """
+    with new_folder(target) as new:
+        for file in source.iterdir():
+            try:
+                os.link(file, new / file.name)
+            except OSError:
+                shutil.copyfile(file, new / file.name)
+
+
 def write_manifest(folder: Path, kind: str, inputs: Mapping[str, Any], **facts: Any) -> None:
     """Write ``folder/manifest.json``; a folder without one counts as unfinished, so this comes last."""
     manifest = {"format_version": FORMAT_VERSION, "kind": kind, "inputs": dict(inputs), **facts}

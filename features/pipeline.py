@@ -12,12 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from activations.blocks import TokenBlocks
 from activations.config import ExclusionRule
 from activations.corpus import Corpus, Split
 from activations.errors import InputError
 from activations.exclusion import Exclusion
-from activations.files import FORMAT_VERSION, MANIFEST, is_finished, read_json, write_json
+from activations.files import FORMAT_VERSION, MANIFEST, is_finished, link_folder, read_json, write_json
 from activations.job import decided, load_model, resolved_context_length
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
@@ -134,14 +136,11 @@ class Pipeline:
         """Tokens per sequence."""
         return resolved_context_length(self.model, self.config.context_length)
 
-    def start(self) -> None:
-        """Check the settings, read the corpus, and write ``run.toml`` and the token blocks.
-
-        Whatever can be wrong is found before the first byte is written.
+    def check(self) -> None:
+        """Check the settings against the model and the store, and write nothing.
 
         Raises:
-            InputError: an unknown model, hook, layer or file, a corpus that is empty or has too few documents to
-                measure anything on, settings that cannot work.
+            InputError: an unknown model, hook or layer, another model than the store's, settings that cannot work.
         """
         self.config.sae.check()
         self.model.width(self.config.hook_name)  # refuses a hook that is not there
@@ -149,18 +148,40 @@ class Pipeline:
             raise InputError(
                 f"The weights of {self.config.model} are not those that {self.config.store} was captured with."
             )
+
+    def start(self, beside: "Pipeline | None" = None) -> None:
+        """Check the settings, read the corpus, and write ``run.toml`` and the token blocks.
+
+        Whatever can be wrong is found before the first byte is written.
+
+        Args:
+            beside: a run on the same text that was started; its token blocks are linked, not made again.
+
+        Raises:
+            InputError: as for :meth:`check`; a corpus that is empty or has too few documents to measure anything on.
+        """
+        self.check()
         needed: list[tuple[Split, int]] = [("test", self.sizes.test_tokens)]
         if self.store is None:
             needed.append(("train", self.config.resolved_tokens()))
-        made = {
-            split: self._made(split, n_tokens)
+        missing = [
+            (split, n_tokens)
             for split, n_tokens in needed
             if not TokenBlocks.is_finished(self.run.tokens / split, self._token_inputs(n_tokens))
-        }
+        ]
+        if beside is not None:
+            write_run_config(self.run.path, self.config)
+            for split, _ in missing:
+                link_folder(beside.run.tokens / split, self.run.tokens / split)
+            return
+        made = {split: self._made(split, n_tokens) for split, n_tokens in missing}
         write_run_config(self.run.path, self.config)
-        for split, n_tokens in needed:
-            if split in made:
-                made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
+        for split, n_tokens in missing:
+            made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
+
+    def share(self, other: "Pipeline") -> None:
+        """Take the model and the text from another run on the same ones, so that both are loaded once."""
+        self.model, self.corpus = other.model, other.corpus
 
     def _made(self, split: Split, n_tokens: int) -> TokenBlocks:
         """Token blocks of a split: those beside the stored activations, or cut from the text."""
@@ -330,20 +351,38 @@ class Pipeline:
 
     def evaluate(self, sae: SparseAutoencoder) -> Evaluation:
         """Measure the SAE on the test split into ``evaluation.json``, or read what was measured."""
-        blocks = self.tokens("test", self.sizes.test_tokens)
+        measured = self.measured(sae)
+        if measured is None:
+            measured = evaluate(
+                self.model, sae, self.test_blocks, reference=self.reference(sae), progress=self.progress
+            )
+            self.keep_evaluation(measured)
+        return measured
+
+    @cached_property
+    def test_blocks(self) -> TokenBlocks:
+        """The tokens that metrics are measured on."""
+        return self.tokens("test", self.sizes.test_tokens)
+
+    def reference(self, sae: SparseAutoencoder) -> Tensor:
+        """Activations of training text, which ablation and controls of an evaluation are made from."""
+        return reference_activations(self.model, sae, self.train_blocks.first_tokens(REFERENCE_ROWS))
+
+    def measured(self, sae: SparseAutoencoder) -> Evaluation | None:
+        """What ``evaluation.json`` says, if it is about this SAE on these tokens."""
         path = self.run.evaluation
-        if path.is_file():
-            content = read_json(path)
-            inputs = {"model": self.model.hash, "sae": sae.hash, "tokens": blocks.hash}
-            if (
-                content.pop("format_version", None) == FORMAT_VERSION
-                and inputs.items() <= content["inputs"].items()
-            ):
-                return Evaluation.from_json(content)
-        reference = reference_activations(self.model, sae, self.train_blocks.first_tokens(REFERENCE_ROWS))
-        evaluation = evaluate(self.model, sae, blocks, reference=reference, progress=self.progress)
-        write_json(path, {"format_version": FORMAT_VERSION, **evaluation.to_json()})
-        return evaluation
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        is_ours = content.pop("format_version", None) == FORMAT_VERSION
+        inputs = {"model": self.model.hash, "sae": sae.hash, "tokens": self.test_blocks.hash}
+        return (
+            Evaluation.from_json(content) if is_ours and inputs.items() <= content["inputs"].items() else None
+        )
+
+    def keep_evaluation(self, evaluation: Evaluation) -> None:
+        """Write ``evaluation.json``."""
+        write_json(self.run.evaluation, {"format_version": FORMAT_VERSION, **evaluation.to_json()})
 
     def index(self, sae: SparseAutoencoder) -> FeatureIndex:
         """Build the feature index over the first training tokens, or open it."""
