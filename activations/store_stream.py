@@ -5,7 +5,8 @@ windows of positions far, while the caller trains. Since the row at any position
 from one number, its position, without reading anything twice.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +26,15 @@ _READERS = 2
 
 
 class _Window(NamedTuple):
-    """Rows at neighbouring positions.
+    """Rows at neighbouring positions, at each of the hooks.
 
-    records: uint8 [n, row_bytes], in any order.
-    places: int64 [m], where in ``records`` each row that counts lies, in the order of the epoch.
+    records: for each hook uint8 [n, row_bytes], in any order.
+    places: for each hook int64 [m], where in its ``records`` each row that counts lies, in the order of the epoch.
     ends: int64 [m], the position behind each, counted over all epochs.
     """
 
-    records: Tensor
-    places: Tensor
+    records: list[Tensor]
+    places: list[Tensor]
     ends: np.ndarray
 
 
@@ -42,12 +43,12 @@ class StoreStream(Iterator[Tensor]):
 
     Same rows, seed and batch size: same batches, to the bit, whichever way they are read; :meth:`state_dict`
     between two batches, loaded into a stream made in the same way or of the other order, continues with the
-    same batches.
+    same batches. Rows of several hooks of one store stand side by side, where they count at each of the hooks.
 
     Make one with :meth:`exact` or :meth:`external`.
 
     Attributes:
-        width: size of one activation vector.
+        width: size of one activation vector; of all hooks together where there are several.
         batch_size: activations per batch.
         n_batches: batches in all.
         n_tokens: activations in all.
@@ -55,18 +56,18 @@ class StoreStream(Iterator[Tensor]):
 
     def __init__(
         self,
-        reader: RowReader,
+        readers: Sequence[RowReader],
         kept: np.ndarray,
         *,
         batch_size: int,
         n_batches: int,
         device: torch.device | str = "cpu",
     ):
-        self.width = reader.source.width
+        self.width = sum(reader.source.width for reader in readers)
         self.batch_size, self.n_batches = batch_size, n_batches
         self.n_tokens = n_batches * batch_size
-        self._reader, self._kept, self._device = reader, kept, torch.device(device)
-        self._n_rows = reader.source.n_rows
+        self._readers, self._kept, self._device = readers, kept, torch.device(device)
+        self._order = readers[0].order
         self._batches_done = 0
         self._position = 0
         self._close()
@@ -76,6 +77,7 @@ class StoreStream(Iterator[Tensor]):
         cls,
         source: RowSource,
         *,
+        also: Sequence[RowSource] = (),
         batch_size: int,
         n_batches: int,
         seed: int = 0,
@@ -83,11 +85,15 @@ class StoreStream(Iterator[Tensor]):
     ) -> "StoreStream":
         """Read every row where it lies in the store: for stores that fit into the page cache.
 
+        Args:
+            also: further hooks of the same store, whose activations stand to the right, in this order.
+
         Raises:
             InputError: no row counts.
         """
-        kept = _kept(source)
-        return cls(ExactReader(source, seed), kept, batch_size=batch_size, n_batches=n_batches, device=device)
+        kept = kept_rows(source, *also)
+        readers = [ExactReader(each, seed) for each in (source, *also)]
+        return cls(readers, kept, batch_size=batch_size, n_batches=n_batches, device=device)
 
     @classmethod
     def external(
@@ -95,6 +101,7 @@ class StoreStream(Iterator[Tensor]):
         source: RowSource,
         folder: Path | str,
         *,
+        also: Sequence[tuple[RowSource, Path | str]] = (),
         batch_size: int,
         n_batches: int,
         seed: int = 0,
@@ -105,14 +112,19 @@ class StoreStream(Iterator[Tensor]):
         """Write a shuffled copy to ``folder`` first, unless it is there, and read that in long pieces.
 
         Args:
+            also: as for :meth:`exact`, each with the folder of its copy.
             memory_bytes: what shuffling may hold in memory.
 
         Raises:
             InputError: no row counts, or as for :meth:`activations.shuffled.ShuffledReader.make`.
         """
-        kept = _kept(source)
-        reader = ShuffledReader.make(source, seed, folder, memory_bytes=memory_bytes, progress=progress)
-        return cls(reader, kept, batch_size=batch_size, n_batches=n_batches, device=device)
+        copies = [(source, folder), *also]
+        kept = kept_rows(*(each for each, _ in copies))
+        readers = [
+            ShuffledReader.make(each, seed, copy, memory_bytes=memory_bytes, progress=progress)
+            for each, copy in copies
+        ]
+        return cls(readers, kept, batch_size=batch_size, n_batches=n_batches, device=device)
 
     def __len__(self) -> int:
         """Number of batches that are left."""
@@ -128,9 +140,12 @@ class StoreStream(Iterator[Tensor]):
         try:
             # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
             with single_threaded():
-                pieces = list(self._take(self.batch_size))
-                records = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                batch = self._reader.format.decode(records.to(self._device))
+                pieces = zip(*self._take(self.batch_size), strict=True)
+                sides = [
+                    reader.format.decode(_joined(of_one).to(self._device))
+                    for reader, of_one in zip(self._readers, pieces, strict=True)
+                ]
+                batch = _joined(sides, dim=1)
         except BaseException:
             self._close()  # the rows that were taken are taken again
             raise
@@ -141,7 +156,7 @@ class StoreStream(Iterator[Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place from which a stream made in the same way continues; JSON-able."""
-        epoch, position = divmod(self._position, self._n_rows)
+        epoch, position = divmod(self._position, self._order.n_rows)
         return {
             "epoch": epoch,
             "position": position,
@@ -158,47 +173,56 @@ class StoreStream(Iterator[Tensor]):
         refuse_other_stream(state["made"], self._made)
         self._close()
         self._batches_done = state["batches_done"]
-        self._position = state["epoch"] * self._n_rows + state["position"]
+        self._position = state["epoch"] * self._order.n_rows + state["position"]
 
     @property
     def _made(self) -> dict[str, int | str]:
+        sources = [reader.source for reader in self._readers]
         return {
-            "seed": self._reader.order.seed,
+            "seed": self._order.seed,
             "batch size": self.batch_size,
             "number of batches": self.n_batches,
-            "store": self._reader.source.identity,
-            "hook": self._reader.source.hook_name,
+            "store": " ".join(source.identity for source in sources),
+            "hook": " ".join(source.hook_name for source in sources),
         }
 
     def _close(self) -> None:
         self._windows: Iterator[_Window] | None = None
         self._window: _Window | None = None
         self._offset = 0
-        self._free: list[Tensor] = []
+        self._free: list[list[Tensor]] = []
 
-    def _take(self, n: int) -> Iterator[Tensor]:
-        """The next ``n`` rows that count, as bytes, in pieces."""
+    def _take(self, n: int) -> Iterator[list[Tensor]]:
+        """The next ``n`` rows that count, as bytes at each hook, in pieces."""
         if self._windows is None:
-            self._windows = _read_ahead(self._reader, self._kept, self._position, self._free)
+            self._windows = _read_ahead(self._readers, self._kept, self._position, self._free)
         while n > 0:
-            if self._window is None or self._offset == len(self._window.places):
+            if self._window is None or self._offset == len(self._window.ends):
                 if self._window is not None:
                     self._free.append(self._window.records)
                 self._window, self._offset = next(self._windows), 0
                 continue
-            places = self._window.places[self._offset : self._offset + n]
-            self._offset += len(places)
-            n -= len(places)
-            yield self._window.records.index_select(0, places)
+            here = slice(self._offset, self._offset + n)
+            places = [of_one[here] for of_one in self._window.places]
+            self._offset += len(places[0])
+            n -= len(places[0])
+            yield [
+                records.index_select(0, rows)
+                for records, rows in zip(self._window.records, places, strict=True)
+            ]
 
 
-def _read_ahead(reader: RowReader, kept: np.ndarray, position: int, free: list[Tensor]) -> Iterator[_Window]:
+def _read_ahead(
+    readers: Sequence[RowReader], kept: np.ndarray, position: int, free: list[list[Tensor]]
+) -> Iterator[_Window]:
     """Windows from ``position`` on, without end. Closing the iterator ends its threads.
 
     The caller puts the records that it is done with into ``free``: fresh memory costs more than filling it.
     """
-    n_rows = reader.source.n_rows
-    size = min(_WINDOW_BYTES // reader.format.row_bytes, _WINDOW_POSITIONS)
+    order = readers[0].order
+    n_rows = order.n_rows
+    row_bytes = sum(reader.format.row_bytes for reader in readers)
+    size = min(_WINDOW_BYTES // row_bytes, _WINDOW_POSITIONS)
     size = max(1, size // CHUNK) * CHUNK
 
     def ranges() -> Iterator[tuple[int, int, int]]:
@@ -212,21 +236,39 @@ def _read_ahead(reader: RowReader, kept: np.ndarray, position: int, free: list[T
 
     def read(part: tuple[int, int, int]) -> _Window:
         epoch, start, stop = part
-        positions = reader.order.in_first_epoch(epoch, start, stop)
-        rows = reader.order.rows(positions)
+        positions = order.in_first_epoch(epoch, start, stop)
+        rows = order.rows(positions)
         counted = np.flatnonzero(kept[rows >> 3] >> (rows & 7) & 1)
         try:
             records = free.pop()
         except IndexError:
-            records = torch.empty(size, reader.format.row_bytes, dtype=torch.uint8)
-        places = reader.read(positions[counted], rows[counted], records)
-        return _Window(records, torch.from_numpy(places), epoch * n_rows + start + counted + 1)
+            records = [torch.empty(size, reader.format.row_bytes, dtype=torch.uint8) for reader in readers]
+        places = [
+            torch.from_numpy(reader.read(positions[counted], rows[counted], out))
+            for reader, out in zip(readers, records, strict=True)
+        ]
+        return _Window(records, places, epoch * n_rows + start + counted + 1)
 
     return in_order(torch.device("cpu"), read, ranges(), n_workers=_READERS)
 
 
-def _kept(source: RowSource) -> np.ndarray:
-    kept = source.kept()
+def kept_rows(*sources: RowSource) -> np.ndarray:
+    """Which rows count at every one of several hooks of one store, as :meth:`RowSource.kept` has it.
+
+    Raises:
+        InputError: none does, or the sources have different numbers of rows.
+    """
+    sizes = [source.n_rows for source in sources]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"{' and '.join(source.hook_name for source in sources)} have {' and '.join(map(str, sizes))} rows, and"
+            " can be read side by side from one store only."
+        )
+    kept = reduce(np.bitwise_and, (source.kept() for source in sources))
     if not kept.any():
         raise InputError("No position of the store counts: every token is special or an outlier.")
     return kept
+
+
+def _joined(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim)

@@ -12,6 +12,7 @@ many neighbouring blocks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from activations.capture import (
     blocks_per_batch,
     capture_range,
     in_order,
-    kept_positions,
+    kept_at_all,
     single_threaded,
 )
 from activations.errors import InputError
@@ -39,8 +40,13 @@ _ORDER_OF_BLOCKS, _ORDER_OF_ROWS = 0, 1
 
 
 class _Source(Protocol):
-    """Gives the activations that count, batch of blocks by batch of blocks."""
+    """Gives the activations that count, batch of blocks by batch of blocks.
 
+    hook_names: where in the model they are from; what flows at several hooks stands side by side.
+    width: of all hooks together.
+    """
+
+    hook_names: Sequence[str]
     width: int
     dtype: torch.dtype
     device: torch.device
@@ -54,18 +60,22 @@ class _Source(Protocol):
 
 
 class _LiveSource:
-    def __init__(self, model: "LanguageModel", blocks: TokenBlocks, hook_name: str, exclusion: Exclusion):
+    def __init__(self, model: "LanguageModel", blocks: TokenBlocks, exclusions: Mapping[str, Exclusion]):
         self.ranges = BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length))
-        self.width, self.dtype, self.device = model.width(hook_name), model.dtype, model.device
-        self._model, self._blocks, self._hook_name, self._exclusion = model, blocks, hook_name, exclusion
+        self.hook_names: Sequence[str] = tuple(exclusions)
+        self.width = sum(model.width(hook_name) for hook_name in exclusions)
+        self.dtype, self.device = model.dtype, model.device
+        self._model, self._blocks, self._exclusions = model, blocks, exclusions
         self._n_workers = torch.get_num_threads()
 
     def rows(self, ranges: Iterable[BlockRange]) -> Iterator[Tensor]:
         return in_order(self.device, self._rows, ranges, n_workers=self._n_workers)
 
     def _rows(self, block_range: BlockRange) -> Tensor:
-        x = capture_range(self._model, self._blocks, [self._hook_name], block_range)[self._hook_name]
-        return x[kept_positions(self._blocks, *block_range, x, self._exclusion)]
+        captured = capture_range(self._model, self._blocks, self.hook_names, block_range)
+        kept = kept_at_all(self._blocks, *block_range, captured, self._exclusions)
+        sides = [captured[hook_name] for hook_name in self.hook_names]
+        return torch.cat([x[kept.to(x.device)].to(self.device) for x in sides], dim=1)
 
 
 class _Place(NamedTuple):
@@ -137,7 +147,8 @@ def refuse_other_stream(found: Mapping[str, Any], made: Mapping[str, Any]) -> No
 class ActivationStream(Iterator[Tensor]):
     """Gives ``n_batches`` batches [batch_size, width], float32, of activations in random order.
 
-    Special tokens, outliers and padding are left out; activations are as the model made them (not centred).
+    Special tokens, outliers and padding are left out; activations are as the model made them (not centred). Those of
+    several hooks stand side by side in a row: the same position of the text, where it counts at each of the hooks.
 
     Blocks are passed over again where they hold fewer activations than asked for. Same source, seed, batch
     size and buffer size: same batches, to the bit; :meth:`state_dict` between two batches, loaded into a
@@ -146,7 +157,7 @@ class ActivationStream(Iterator[Tensor]):
     Make one with :meth:`live`; a store is read by :class:`activations.store_stream.StoreStream`.
 
     Attributes:
-        width: size of one activation vector.
+        width: size of one activation vector; of all hooks together where there are several.
         batch_size: activations per batch.
         n_batches: batches in all.
         n_tokens: activations in all.
@@ -175,6 +186,7 @@ class ActivationStream(Iterator[Tensor]):
         hook_name: str,
         exclusion: Exclusion,
         *,
+        also: Mapping[str, Exclusion] = MappingProxyType({}),
         batch_size: int,
         n_batches: int,
         seed: int = 0,
@@ -182,10 +194,15 @@ class ActivationStream(Iterator[Tensor]):
     ) -> "ActivationStream":
         """Compute activations when they are needed; buffer and batches are on the model's device.
 
+        Args:
+            exclusion: which positions count at ``hook_name``.
+            also: further hooks, captured in the same pass, whose activations stand to the right of those of
+                ``hook_name`` in this order; and which positions count there.
+
         Raises:
             InputError: unknown hook.
         """
-        source = _LiveSource(model, blocks, hook_name, exclusion)
+        source = _LiveSource(model, blocks, {hook_name: exclusion, **also})
         return cls(source, batch_size=batch_size, n_batches=n_batches, seed=seed, buffer_rows=buffer_rows)
 
     def __len__(self) -> int:
@@ -243,8 +260,9 @@ class ActivationStream(Iterator[Tensor]):
         self._round_place = _Place(*state["round_place"])
 
     @property
-    def _made(self) -> dict[str, int]:
+    def _made(self) -> dict[str, int | str]:
         return {
+            "hook": " ".join(self._source.hook_names),
             "seed": self._seed,
             "batch size": self.batch_size,
             "number of batches": self.n_batches,

@@ -274,6 +274,55 @@ def test_a_store_of_a_model_is_read_in_both_orders(
         assert sorted(exact[i].tolist()) == sorted(rows.tolist())
 
 
+# Several hooks
+
+
+def other_rows(sizes: tuple[int, ...] = SIZES, dtype: torch.dtype = torch.int8) -> Rows:
+    """The same rows at another hook: of another width and number format, of which others count."""
+    return Rows(sizes, width=3, dtype=dtype, hook_name="blocks.2.hook_mlp_out", identity="others", seed=7)
+
+
+def pair(kind: str, folder: Path, first: Rows, second: Rows, **settings: Any) -> StoreStream:
+    settings = {"batch_size": 100, "n_batches": 50, **settings}
+    if kind == "exact":
+        return StoreStream.exact(first, also=[second], **settings)
+    also = [(second, folder / "second")]
+    return StoreStream.external(first, folder / "first", also=also, memory_bytes=100_000, **settings)
+
+
+@pytest.mark.parametrize("kind", ["exact", "external"])
+def test_two_hooks_stand_side_by_side_where_a_row_counts_at_both(kind: str, tmp_path: Path) -> None:
+    first, second = Rows(), other_rows()
+    batches = list(pair(kind, tmp_path, first, second, seed=3))
+    at_both = [row for row in by_definition(first, 3, epochs=5) if second.counts(row)][:5000]
+    expected = torch.cat([first.activations()[at_both], second.activations()[at_both]], dim=1)
+    assert torch.equal(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize("kind", ["exact", "external"])
+def test_a_stream_of_two_hooks_continues_and_refuses_other_hooks(kind: str, tmp_path: Path) -> None:
+    first, second = Rows(), other_rows()
+    stream = pair(kind, tmp_path, first, second)
+    for _ in range(13):
+        next(stream)
+    state, rest = stream.state_dict(), list(stream)
+    continued = pair("exact", tmp_path, first, second)
+    continued.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(rest, continued, strict=True))
+    for other in (make("exact", first, tmp_path), pair("exact", tmp_path, second, first)):
+        with pytest.raises(InputError, match="another store and hook"):
+            other.load_state_dict(state)
+
+
+def test_hooks_of_different_stores_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        pair("exact", tmp_path, Rows(), other_rows((10,)))
+    assert str(error.value) == (
+        "blocks.1.hook_resid_post and blocks.2.hook_mlp_out have 2512 and 10 rows, and can be read side by side from"
+        " one store only."
+    )
+
+
 # Threads
 
 

@@ -30,7 +30,7 @@ module_file = stream_module.__file__
 class NumberedRows:
     """A source whose rows are their own number: range i holds ``counts[i]`` rows."""
 
-    width, dtype, device = 1, torch.float32, torch.device("cpu")
+    hook_names, width, dtype, device = ("rows",), 1, torch.float32, torch.device("cpu")
 
     def __init__(self, counts: Sequence[int]):
         self.ranges = [(i, i + 1) for i in range(len(counts))]
@@ -262,7 +262,44 @@ def test_a_live_stream_continues_exactly(model: LanguageModel, blocks: TokenBloc
     assert all(torch.equal(a, b) for a, b in zip(rest, continued, strict=True))
 
 
+SECOND_HOOK = "blocks.2.mlp.hook_post"
+
+
+def test_two_hooks_stand_side_by_side_where_a_position_counts_at_both(
+    model: LanguageModel, blocks: TokenBlocks
+) -> None:
+    x, y = (
+        torch.cat([found[hook] for _, found in capture_blocks(model, blocks, [HOOK, SECOND_HOOK])])
+        for hook in (HOOK, SECOND_HOOK)
+    )
+    at_x = Exclusion(frozenset({0}), max_norm=float(x.norm(dim=-1).quantile(0.7)))
+    at_y = Exclusion(frozenset({0}), max_norm=float(y.norm(dim=-1).quantile(0.7)))
+    text = torch.from_numpy(blocks.ids.astype(np.int64)) != 0
+    kept = text & (x.norm(dim=-1) <= at_x.max_norm) & (y.norm(dim=-1) <= at_y.max_norm)
+    expected = torch.cat([x[kept], y[kept]], dim=1)
+    settings = {"batch_size": 1, "n_batches": len(expected)}
+    stream = ActivationStream.live(model, blocks, HOOK, at_x, also={SECOND_HOOK: at_y}, **settings)
+    assert stream.width == 32 + 72
+    assert sorted(torch.cat(list(stream)).tolist()) == sorted(expected.tolist())
+
+
+def test_a_state_of_another_pair_of_hooks_is_refused(model: LanguageModel, blocks: TokenBlocks) -> None:
+    exclusion = Exclusion(frozenset(), float("inf"))
+
+    def stream(*also: str) -> ActivationStream:
+        others = dict.fromkeys(also, exclusion)
+        return ActivationStream.live(model, blocks, HOOK, exclusion, also=others, batch_size=8, n_batches=4)
+
+    state = stream(SECOND_HOOK).state_dict()
+    for other in (stream(), stream("blocks.1.mlp.hook_post")):
+        with pytest.raises(InputError, match="another hook"):
+            other.load_state_dict(state)
+
+
 def test_an_unknown_hook_is_refused_at_once(model: LanguageModel, blocks: TokenBlocks) -> None:
     exclusion = Exclusion(frozenset(), float("inf"))
     with pytest.raises(InputError, match="hook_rsid_post"):
         ActivationStream.live(model, blocks, "blocks.1.hook_rsid_post", exclusion, batch_size=2, n_batches=1)
+    with pytest.raises(InputError, match="hook_mlp_ut"):
+        also = {"blocks.1.hook_mlp_ut": exclusion}
+        ActivationStream.live(model, blocks, HOOK, exclusion, also=also, batch_size=2, n_batches=1)
