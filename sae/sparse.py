@@ -323,9 +323,7 @@ def differentiable(
         codes: without gradient. centred: ``[n, d_in]``, ``x − input_bias``; the rest as in :func:`topk_codes`.
         relu: whether values were clipped at 0; those that are 0 then receive no gradient.
     """
-    values = _Encode.apply(
-        input_bias, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, relu
-    )
+    values = _Encode.apply(input_bias, encoder_rows, encoder_bias, codes.values, centred, codes.pattern, relu)
     return SparseCodes(codes.pattern, values)
 
 
