@@ -3,10 +3,10 @@
     error[r] = Σ_j values[r, j] · W_dec[indices[r, j]] + b_dec − goal[r]        (n rows of width d)
     dots[r, j] = error[r] · W_dec[indices[r, j]]
 
-**In one pass** (:func:`error_and_dots`). A block of d columns of the error needs only that block of the k decoder rows, and
-the dot products are sums over such blocks. So one program per row walks over blocks of columns, holds the ``[k, block]``
-tile of decoder rows in registers, takes from it first the block of the error and then its part of the dot
-products. Every decoder row is read once where two kernels would read it twice: n·k·d numbers, the bulk of the
+**In one pass** (:func:`error_and_dots`). A block of columns of the error needs only that block of the k decoder rows,
+and the dot products are sums over such blocks. So one program per row walks over blocks of columns, holds the
+``[k, block]`` tile of decoder rows in registers, takes from it first the block of the error and then its part of the
+dot products. Every decoder row is read once where two kernels would read it twice: n·k·d numbers, the bulk of the
 traffic of a sparse step. Whatever d is, a thread holds 16 numbers of the tile, so that no width spills registers.
 
 It takes all k rows at once and is used up to k = 256. Beyond (AuxK with k = d/2), and for ragged codes, the two halves
@@ -32,18 +32,18 @@ _CHUNK = 16  # entries at a time where there may be any number of them
 
 @triton.jit
 def _error_and_dots(
-    values_ptr,
-    indices_ptr,
-    decoder_ptr,
-    b_dec_ptr,
-    goal_ptr,
-    error_ptr,
-    dots_ptr,
-    k,
-    d,
+    values_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    decoder_ptr: tl.tensor,
+    b_dec_ptr: tl.tensor,
+    goal_ptr: tl.tensor,
+    error_ptr: tl.tensor,
+    dots_ptr: tl.tensor,
+    k: int,
+    d: int,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+) -> None:
     """One row of the error and its k dot products."""
     kind = error_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -55,7 +55,9 @@ def _error_and_dots(
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < d
         wanted = (j < k)[:, None] & inside[None, :]
-        tile = tl.load(decoder_ptr + features[:, None] * d + columns[None, :], mask=wanted, other=0.0).to(kind)
+        tile = tl.load(decoder_ptr + features[:, None] * d + columns[None, :], mask=wanted, other=0.0).to(
+            kind
+        )
         error = tl.sum(values[:, None] * tile, axis=0)
         error += tl.load(b_dec_ptr + columns, mask=inside, other=0.0).to(kind)
         error -= tl.load(goal_ptr + row * d + columns, mask=inside, other=0.0).to(kind)
@@ -66,16 +68,16 @@ def _error_and_dots(
 
 @triton.jit
 def _gather_sum(
-    values_ptr,
-    indices_ptr,
-    offsets_ptr,
-    table_ptr,
-    out_ptr,
-    k,
-    d,
+    values_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    k: int,
+    d: int,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+) -> None:
     """One block of columns of one output row."""
     kind = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -96,16 +98,16 @@ def _gather_sum(
 
 @triton.jit
 def _gathered_dots(
-    left_ptr,
-    indices_ptr,
-    offsets_ptr,
-    right_ptr,
-    dots_ptr,
-    k,
-    d,
+    left_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    right_ptr: tl.tensor,
+    dots_ptr: tl.tensor,
+    k: int,
+    d: int,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+) -> None:
     """The dot products of one row, a chunk of entries at a time; the row itself stays in the cache."""
     kind = dots_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -126,7 +128,7 @@ def _gathered_dots(
 
 
 @triton.jit
-def _entries(offsets_ptr, row, k):
+def _entries(offsets_ptr: tl.tensor, row: tl.tensor, k: int) -> tuple[tl.tensor, tl.tensor]:
     """Where a row's entries start and end: given by offsets, or k each."""
     if offsets_ptr is None:
         first, last = row * k, row * k + k

@@ -2,14 +2,14 @@
 
     out[i] = Σ weights[e] · table[row(e)]        over the entries e of feature i
 
-For the decoder the table is the error and the weights are the values; for the encoder they are the centred input and the
-gradients of the values. Both read one transposed structure (:class:`sae.codes.Transposed`): entries sorted by
+For the decoder the table is the error and the weights are the values; for the encoder they are the centred input and
+the gradients of the values. Both read one transposed structure (:class:`sae.codes.Transposed`): entries sorted by
 feature, once per step.
 
-One program per feature and block of columns adds its entries up in order, a chunk at a time, in registers, and writes its
-block once, zeros included: no atomics, no zeroed output, the same bits on every run. Traffic: nnz·d numbers read,
-d_sae·d written; nnz of the structure once per block of columns. Blocks of columns share the work of a feature that fires
-on most rows, which is otherwise the longest program of the launch: n entries in a row, where the mean is n·k/d_sae.
+One program per feature and block of columns adds its entries up in order, a chunk at a time, in registers, and writes
+its block once, zeros included: no atomics, no zeroed output, the same bits on every run. Traffic: nnz·d numbers read,
+d_sae·d written; nnz of the structure once per block of columns. Blocks of columns share the work of a feature that
+fires on most rows, which is otherwise the longest program of the launch: n entries, where the mean is n·k/d_sae.
 """
 
 import torch
@@ -26,17 +26,17 @@ _COLUMNS = 256
 
 @triton.jit
 def _weighted_sums(
-    order_ptr,
-    rows_ptr,
-    offsets_ptr,
-    counts_ptr,
-    weights_ptr,
-    table_ptr,
-    out_ptr,
-    d,
+    order_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    d: int,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+) -> None:
     """One block of columns of one feature's sum."""
     kind = out_ptr.dtype.element_ty
     feature = tl.program_id(0).to(tl.int64)

@@ -30,7 +30,7 @@ _TILE = 4_096  # numbers that one program takes the maxima of
 
 
 @triton.jit
-def _keys(x):
+def _keys(x: tl.tensor) -> tl.tensor:
     """Integers in the order of the numbers; −0 equals 0, and NaN is above everything, as in torch.topk."""
     if x.dtype == tl.int32:  # keys already
         keys = x
@@ -44,7 +44,9 @@ def _keys(x):
 
 
 @triton.jit
-def _run_maxima(tile_ptr, maxima_ptr, width, n_runs, RUN: tl.constexpr, RUNS: tl.constexpr):
+def _run_maxima(
+    tile_ptr: tl.tensor, maxima_ptr: tl.tensor, width: int, n_runs: int, RUN: tl.constexpr, RUNS: tl.constexpr
+) -> None:
     """Keys of the maxima of ``RUNS`` runs of ``RUN`` entries; one program per row and block of runs."""
     row = tl.program_id(0).to(tl.int64)
     runs = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
@@ -57,17 +59,17 @@ def _run_maxima(tile_ptr, maxima_ptr, width, n_runs, RUN: tl.constexpr, RUNS: tl
 
 @triton.jit
 def _select(
-    source_ptr,
-    winners_ptr,
-    values_ptr,
-    indices_ptr,
-    width,
-    n_candidates,
-    k,
+    source_ptr: tl.tensor,
+    winners_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    width: int,
+    n_candidates: int,
+    k: int,
     RUN: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """The k largest of one row, in the order of their columns: of the whole row, or of the runs that won."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
