@@ -96,7 +96,7 @@ def _download(name: str) -> Path:
 
     give_folder = "give the path of a folder that holds config.json, safetensors weights and a tokenizer"
     try:
-        revision = _within(HUB_DEADLINE, lambda: _hub_revision(name))
+        revision = within(HUB_DEADLINE, lambda: hub_revision(name))
         folder = snapshot_download(
             name,
             revision=revision,
@@ -124,20 +124,20 @@ def _download(name: str) -> Path:
     return Path(folder)
 
 
-def _hub_revision(name: str) -> str | None:
-    """The newest commit of a hub model; None when the hub does not answer (the cache may still have it)."""
+def hub_revision(name: str, revision: str | None = None) -> str | None:
+    """The commit of a hub model, by default the newest; None when the hub does not answer (the cache may have it)."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return HfApi().model_info(name, timeout=HUB_DEADLINE).sha
-    except RepositoryNotFoundError:
+        return HfApi().model_info(name, revision=revision, timeout=HUB_DEADLINE).sha
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except Exception:
         return None
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T | None:
+def within(seconds: float, call: Callable[[], T]) -> T | None:
     """The result of ``call``, or None after ``seconds``: name resolution knows no time limit of its own."""
     outcome: Future[T] = Future()
 
