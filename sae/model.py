@@ -6,7 +6,7 @@ and scaling training used is folded in), and gradients are the trainer's busines
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from sae.architectures.base import Weights
 from sae.architectures.registry import architecture_from
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
+from sae.normalising import Normalisation, normalised
 from sae.sparse import decode
 
 
@@ -34,7 +35,8 @@ class SparseAutoencoder:
         weights: the tensors (:class:`sae.architectures.base.Weights`).
         metadata: where the SAE belongs: model_name, model_hash, hook_name, context_size, packing, prepend_bos,
             max_norm (tokens with a larger ‖x‖ were left out of training) and whatever its file says besides; of a
-            transcoder also hook_name_out and max_norm_out (the bound on ‖y‖).
+            transcoder also hook_name_out and max_norm_out (the bound on ‖y‖); of some SAEs from elsewhere
+            normalize_activations (:mod:`sae.normalising`).
     """
 
     def __init__(self, config: SAEConfig, weights: Weights, metadata: dict[str, Any]) -> None:
@@ -94,6 +96,12 @@ class SparseAutoencoder:
         return str(self.metadata["hook_name_out"]) if self.config.transcoder else self.hook_name
 
     @property
+    def normalisation(self) -> Normalisation | None:
+        """What is done to every vector before it is encoded and undone behind it; None for most."""
+        name = self.metadata.get("normalize_activations")
+        return name if name in get_args(Normalisation) else None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.weights.W_dec.device
@@ -125,25 +133,37 @@ class SparseAutoencoder:
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseCodes:
         """The codes of ``x [n, d_in]``, activations in the units of x."""
-        return self.architecture.encode(self.weights, x.to(self.b_dec.dtype))
+        x = x.to(self.b_dec.dtype)
+        if self.normalisation is None:
+            return self.architecture.encode(self.weights, x)
+        x, scale, _ = normalised(self.normalisation, x)
+        codes = self.architecture.encode(self.weights, x)
+        scales = scale.flatten()[codes.pattern.rows()].view_as(codes.values)
+        return SparseCodes(codes.pattern, codes.values * scales)
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
         """Reconstructions ``[n, d_out]`` of n codes.
 
         Args:
-            x: ``[n, d_in]``, what the codes are of; needed where there is a skip connection.
+            x: ``[n, d_in]``, what the codes are of; needed for a skip connection, or a normalisation to undo.
 
         Raises:
-            InputError: there is a skip connection, and no x.
+            InputError: there is one of these, and no x.
         """
+        if x is None and (self.W_skip is not None or self.normalisation is not None):
+            raise InputError(
+                "What this SAE puts out depends on its input beyond the codes: give decode the x that was encoded."
+            )
+        if x is not None and self.normalisation is not None:
+            _, scale, mean = normalised(self.normalisation, x.to(self.b_dec.dtype))
+            return (
+                decode(codes, self.W_dec, torch.zeros_like(self.b_dec)).addcmul_(scale, self.b_dec).add_(mean)
+            )
         output = decode(codes, self.W_dec, self.b_dec)
         if self.W_skip is None:
             return output
-        if x is None:
-            raise InputError(
-                "This transcoder adds a map of its input to its output: give decode the x that was encoded."
-            )
+        assert x is not None
         return output.addmm_(x.to(output.dtype), self.W_skip.t())
 
     @torch.no_grad()
@@ -158,21 +178,29 @@ class SparseAutoencoder:
         return SparseAutoencoder(self.config, moved, self.metadata)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``cfg.json`` and ``sae_weights.safetensors`` in SAELens' format, atomically."""
+        """Write ``cfg.json`` and ``sae_weights.safetensors`` in SAELens' format, atomically.
+
+        Other formats: :func:`sae.formats.convert.convert`.
+        """
         from sae.formats.saelens import write_saelens
 
         write_saelens(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SparseAutoencoder":
-        """Read a folder in SAELens' format (ours is the same).
+    def load(cls, name: str | Path) -> "SparseAutoencoder":
+        """Read an SAE of any known format, which shows in its content: SAELens' (ours), dictionary_learning's,
+        sparsify's, OpenAI's, those of Gemma Scope and Llama Scope.
+
+        Args:
+            name: a folder, a file of weights, or ``hf:org/repo/path@revision`` on the Hugging Face hub (path and
+                revision where needed).
 
         Raises:
-            InputError: files missing or corrupt, or an architecture that we do not know.
+            InputError: files missing, corrupt or unsafe, or something in them that we do not have.
         """
-        from sae.formats.saelens import read_saelens
+        from sae.formats.detect import load
 
-        return read_saelens(Path(folder))
+        return load(name)
 
 
 def check_belongs(model: LanguageModel, sae: SparseAutoencoder) -> None:

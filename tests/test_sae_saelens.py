@@ -188,19 +188,20 @@ def test_tensors_that_are_not_finite(folder: Path) -> None:
     assert refused(folder) == f"{file} is corrupt: it holds values that are not finite."
 
 
-@pytest.mark.parametrize("architecture", ["gated", None, ["topk"]])
+@pytest.mark.parametrize("architecture", ["temporal", None, ["topk"]])
 def test_unknown_architecture(folder: Path, architecture: object) -> None:
     change(folder, architecture=architecture)
     assert refused(folder) == (
-        f"{folder / 'cfg.json'} names the architecture {architecture!r}, and this saescope knows standard, topk."
+        f"{folder / 'cfg.json'} names the architecture {architecture!r}, and this saescope knows batchtopk, gated,"
+        " jumprelu, matryoshka_batchtopk, standard, topk, and transcoders of them."
     )
 
 
 def test_unknown_normalisation(folder: Path) -> None:
-    change(folder, normalize_activations="layer_norm")
+    change(folder, normalize_activations="covariance_whitening")
     assert refused(folder) == (
-        f"{folder / 'cfg.json'} asks for normalize_activations='layer_norm' at run time, which this saescope does"
-        " not do: fold the normalisation into the weights first."
+        f"{folder / 'cfg.json'} asks for normalize_activations='covariance_whitening' at run time, which this"
+        " saescope does not do: fold the normalisation into the weights first."
     )
 
 

@@ -1,135 +1,252 @@
 """SAELens' folder format, which is also ours: ``cfg.json`` + ``sae_weights.safetensors``.
 
 Read and written so that SAELens 6 loads our SAEs unchanged (``SAE.load_from_disk``) and we load theirs. In their
-vocabulary our ``relu`` is ``standard``. Our TopK SAEs have unit decoder rows and are written with
-``rescale_acts_by_decoder_norm`` true, where that rescaling changes nothing.
+vocabulary our ``relu`` is ``standard``, a transcoder has an architecture of its own (``transcoder``,
+``skip_transcoder``, ``jumprelu_transcoder``, ``jumprelu_skip_transcoder``), and BatchTopK and Matryoshka SAEs are
+``jumprelu``. It has no transcoders that select or are gated: those we write in the same layout as
+``topk_transcoder``, ``gated_skip_transcoder`` and so on, which SAELens refuses. Our TopK SAEs have unit decoder rows
+and are written with ``rescale_acts_by_decoder_norm`` true, where that rescaling changes nothing.
+
+Read besides: training checkpoints (BatchTopK and Matryoshka with the threshold they had reached), and the layout
+before 6.0, where everything lay flat in ``cfg.json`` and TopK was an activation function.
+
+Folded on reading, so that the file we write afterwards differs while the function does not: a decoder bias that is
+not taken off the input, decoder norms that TopK rescales by, the scaling factor of a checkpoint. Keys of ``cfg.json``
+that we do not know are kept in the metadata.
 """
 
-import json
-import struct
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from activations.errors import InputError
 from activations.files import new_folder, read_json, write_bytes, write_json
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
+from sae.formats.folding import has_unit_rows, in_units_of_activations, unit_decoder, with_input_bias
+from sae.formats.reading import check_tensors, number, read_content
 from sae.model import SparseAutoencoder
+from sae.normalising import Normalisation
 
 CONFIG = "cfg.json"
 TENSORS = "sae_weights.safetensors"
+SCALER = "activation_scaler.json"  # of a checkpoint: the norm scaling that its weights have yet to absorb
 # SAELens takes files without this key, or below 6.0.0, for its old layout and drops their metadata.
 SAELENS_VERSION = "6.54.12"
-_NAMES: dict[str, Literal["topk", "relu"]] = {"topk": "topk", "standard": "relu"}
+_OURS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "batchtopk": "jumprelu",
+    "matryoshka_batchtopk": "jumprelu",
+}
+_THEIRS = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+_STRUCTURE = {
+    "architecture",
+    "d_in",
+    "d_sae",
+    "d_out",
+    "k",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+    "rescale_acts_by_decoder_norm",
+    "metadata",
+}
+"""Keys of ``cfg.json`` that say what the SAE computes; the rest says where it comes from."""
+_OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
 
 
 def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
     """Write an SAE; the folder appears complete or not at all."""
-    topk = sae.config.architecture == "topk"
+    name = _THEIRS[sae.config.architecture]
     weights = sae.weights
+    transcoder = sae.config.transcoder
+    if transcoder:
+        kind = ("skip_" if weights.W_skip is not None else "") + "transcoder"
+        name = kind if name == "standard" else f"{name}_{kind}"
     config: dict[str, Any] = {
-        "architecture": "topk" if topk else "standard",
+        "architecture": name,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": not transcoder,
+        "normalize_activations": sae.normalisation or "none",
         "reshape_activations": "hook_z" if str(sae.metadata.get("hook_name")).endswith(".hook_z") else "none",
         "metadata": {**sae.metadata, "sae_lens_version": SAELENS_VERSION},
     }
-    if topk:
+    if transcoder:
+        config["d_out"] = sae.d_out
+    if sae.config.architecture == "topk":
         # Without unit rows (an SAE from elsewhere) the flag would make another function of the same weights.
-        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": _has_unit_rows(weights.W_dec)}
-    tensors = {
-        "W_enc": weights.encoder_rows.t(),
-        "b_enc": weights.b_enc,
-        "W_dec": weights.W_dec,
-        "b_dec": weights.b_dec,
-    }
-    plain = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
+        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": has_unit_rows(weights.W_dec)}
+    tensors = {"W_enc": weights.encoder_rows.t(), **weights.tensors()}
+    del tensors["encoder_rows"]
+    if sae.config.architecture == "gated":
+        tensors["b_gate"] = tensors.pop("b_enc")
+    plain = {key: tensor.detach().cpu().float().contiguous() for key, tensor in tensors.items()}
     with new_folder(folder) as temporary:
         write_bytes(temporary / TENSORS, save(plain))
         write_json(temporary / CONFIG, config)
 
 
-def read_saelens(folder: Path) -> SparseAutoencoder:
+def read_saelens(folder: Path, content: dict[str, Any] | None = None) -> SparseAutoencoder:
     """Read an SAE.
+
+    Args:
+        content: what :func:`sae.formats.reading.read_content` gave for its tensors, if they are read already.
 
     Raises:
         InputError: a file is missing or corrupt, the tensors do not fit the configuration, or the architecture or
             an input normalisation is one we do not have.
     """
-    if not (folder / CONFIG).is_file():
+    path = folder / CONFIG
+    if not path.is_file():
         raise InputError(f"{folder} holds no SAE: it has no {CONFIG}.")
-    config = read_json(folder / CONFIG)
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if not isinstance(name, str) or name not in _NAMES:
+    config = read_json(path)
+    config = _modern(config) if isinstance(config, dict) else {}
+    name = config.get("architecture")
+    base, transcoder, skip = _split(name) if isinstance(name, str) else ("", False, False)
+    if base not in _OURS:
         raise InputError(
-            f"{folder / CONFIG} names the architecture {name!r}, and this saescope knows {', '.join(sorted(_NAMES))}."
+            f"{path} names the architecture {name!r}, and this saescope knows {', '.join(sorted(_OURS))}, and"
+            " transcoders of them."
         )
-    topk = _NAMES[name] == "topk"
+    # Their "dtype" says how the tensors are stored, which those say themselves.
+    sae_config, shapes = _structure(path, config, base, transcoder, skip)
+    if content is None:
+        if not (folder / TENSORS).is_file():
+            raise InputError(f"{folder} holds no SAE: it has no {TENSORS}.")
+        content = read_content(folder / TENSORS)
+    metadata = {key: value for key, value in config.items() if key not in _STRUCTURE}
+    metadata |= dict(config.get("metadata") or {})
+    metadata |= _normalisation(folder, config, transcoder)
+    content = _without_ones(content)
+    trained_to = (
+        content.pop("topk_threshold", None) if base in ("batchtopk", "matryoshka_batchtopk") else None
+    )
+    if trained_to is not None:  # a checkpoint of training
+        metadata.setdefault("training_architecture", base)
+        content["threshold"] = torch.as_tensor(trained_to).float().reshape(()).expand(sae_config.d_sae)
+    tensors = check_tensors(folder / TENSORS, content, shapes, CONFIG)
+    weights = _weights(tensors)
+    if not transcoder and not config.get("apply_b_dec_to_input", True):
+        weights = with_input_bias(weights)
+    if config.get("rescale_acts_by_decoder_norm", False):
+        if base == "topk":
+            weights = unit_decoder(weights)
+        elif trained_to is not None:  # selection was by rescaled activations, and so is the threshold
+            weights = replace(unit_decoder(weights), threshold=weights.threshold)
+    scale = _scaling_factor(folder)
+    if scale is not None:
+        weights = in_units_of_activations(weights, scale, scale)
+    return SparseAutoencoder(sae_config, weights, metadata)
+
+
+def _modern(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of any version in today's layout; before 6.0 all of it lay at the top."""
+    metadata = config.get("metadata")
+    version = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    if version is not None or ("activation_fn_str" not in config and "architecture" in config):
+        return config
+    new = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
+    arguments = new.get("activation_fn_kwargs") or {}
+    if new.get("activation_fn") == "topk" and "k" in arguments:
+        new |= {"architecture": "topk", "k": arguments["k"]}
+    new.setdefault("architecture", "standard")
+    normalise = new.get("normalize_activations") or "none"
+    new["normalize_activations"] = "expected_average_only_in" if normalise is True else normalise
+    return new
+
+
+def _split(name: str) -> tuple[str, bool, bool]:
+    """(architecture, whether a transcoder, whether with a skip connection) of a name in ``cfg.json``."""
+    base = name.removesuffix("transcoder")
+    if base == name:
+        return name, False, False
+    rest = base.rstrip("_").removesuffix("skip").rstrip("_")
+    return rest or "standard", True, base.rstrip("_").endswith("skip")
+
+
+def _structure(
+    path: Path, config: dict[str, Any], base: str, transcoder: bool, skip: bool
+) -> tuple[SAEConfig, dict[str, tuple[int, ...]]]:
+    """Our configuration, and the shapes of the tensors it promises."""
+    topk = base == "topk"
     try:
         d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
+        d_out = int(config["d_out"]) if transcoder else d_in
         k = int(config["k"]) if topk else SAEConfig.k
     except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{folder / CONFIG} lacks a whole number for d_in, d_sae{' or k' if topk else ''}."
-        ) from None
-    sae_config = SAEConfig(architecture=_NAMES[name], d_sae=d_sae, k=k)
+        names = ["d_in", "d_sae", *(["d_out"] if transcoder else []), *(["k"] if topk else [])]
+        raise InputError(f"{path} lacks a whole number for {', '.join(names[:-1])} or {names[-1]}.") from None
+    architecture = _OURS[base]
+    sae_config = SAEConfig(architecture=architecture, d_sae=d_sae, k=k, transcoder=transcoder, skip=skip)  # type: ignore[arg-type]
     sae_config.check()
-    if config.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+    }
+    if architecture == "gated":
+        del shapes["b_enc"]
+        shapes |= {"b_gate": (d_sae,), "r_mag": (d_sae,), "b_mag": (d_sae,)}
+    if architecture == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    if skip:
+        shapes["W_skip"] = (d_out, d_in)
+    return sae_config, shapes
+
+
+def _weights(tensors: dict[str, Tensor]) -> Weights:
+    rest = {name: tensor for name, tensor in tensors.items() if name != "W_enc"}
+    if "b_gate" in rest:
+        rest["b_enc"] = rest.pop("b_gate")
+    return Weights(encoder_rows=tensors["W_enc"].t().contiguous(), **rest)
+
+
+def _normalisation(folder: Path, config: dict[str, Any], transcoder: bool) -> dict[str, Any]:
+    """What the metadata says of a normalisation at run time; one that training measured has been folded since."""
+    name = config.get("normalize_activations") or "none"
+    if name in get_args(Normalisation) and not transcoder:
+        return {"normalize_activations": name}
+    if name not in ("none", "expected_average_only_in"):
         raise InputError(
-            f"{folder / CONFIG} asks for normalize_activations={config['normalize_activations']!r} at run time, which"
-            " this saescope does not do: fold the normalisation into the weights first."
+            f"{folder / CONFIG} asks for normalize_activations={name!r} at run time, which this saescope does not do:"
+            " fold the normalisation into the weights first."
         )
-    tensors = _read_tensors(folder / TENSORS)
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != shapes:
-        raise InputError(f"{folder / TENSORS} holds {found}, where {CONFIG} promises {shapes}.")
-    weights = Weights(tensors["W_enc"].t().contiguous(), tensors["b_enc"], tensors["W_dec"], tensors["b_dec"])
-    if not config.get("apply_b_dec_to_input", True):
-        weights = Weights(
-            weights.encoder_rows,
-            weights.b_enc + weights.encoder_rows @ weights.b_dec,
-            weights.W_dec,
-            weights.b_dec,
-        )
-    if topk and config.get("rescale_acts_by_decoder_norm", False):
-        weights = _unit_decoder(weights)
-    return SparseAutoencoder(sae_config, weights, dict(config.get("metadata") or {}))
+    return {}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _scaling_factor(folder: Path) -> float | None:
+    """What inputs were multiplied by while a checkpoint was trained; finished SAEs have it in their weights."""
+    path = folder / SCALER
     if not path.is_file():
-        raise InputError(f"{path.parent} holds no SAE: it has no {path.name}.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, json.JSONDecodeError, struct.error, OSError):
-        raise InputError(f"{path} is corrupt: it is not a readable safetensors file.") from None
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise InputError(f"{path} is corrupt: it holds values that are not finite.")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+        return None
+    scaler = read_json(path)
+    if not isinstance(scaler, dict) or scaler.get("has_whitening"):
+        raise InputError(
+            f"{folder} is a checkpoint trained on whitened activations: export it with SAELens first."
+        )
+    return None if scaler.get("scaling_factor") is None else number(path, scaler, "scaling_factor")
 
 
-def _unit_decoder(weights: Weights) -> Weights:
-    """What rescaling by decoder norms makes of the weights: unit rows, activations grown by the norms."""
-    if _has_unit_rows(weights.W_dec):
-        return weights
-    norms = weights.W_dec.norm(dim=1).clamp_min(1e-8)
-    return Weights(
-        weights.encoder_rows * norms[:, None],
-        weights.b_enc * norms,
-        weights.W_dec / norms[:, None],
-        weights.b_dec,
-    )
-
-
-def _has_unit_rows(decoder: Tensor) -> bool:
-    return bool(((decoder.norm(dim=1) - 1).abs() < 1e-6).all())
+def _without_ones(content: dict[str, Any]) -> dict[str, Any]:
+    """Old files carry a ``scaling_factor`` per feature that, unless it was fine-tuned, is 1 throughout."""
+    factor = content.get("scaling_factor")
+    if isinstance(factor, Tensor) and bool((factor == 1).all()):
+        return {name: tensor for name, tensor in content.items() if name != "scaling_factor"}
+    return dict(content)
