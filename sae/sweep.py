@@ -45,7 +45,7 @@ from sae.run import config_from_table, config_to_table, fits, in_words
 SWEEP_FILE = "sweep.toml"
 FIXED = (  # one model reads one text, and its activations serve all runs
     *("model", "device", "dtype", "center_writing_weights", "corpus", "store", "order"),
-    *("tokens", "context_length", "rule"),
+    *("tokens", "context_length", "rule", "log_to"),
 )
 _SAE_FIELDS = get_type_hints(SAEConfig)
 _TRAIN_FIELDS = {name: kind for name, kind in get_type_hints(TrainConfig).items() if name != "sae"}

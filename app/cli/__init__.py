@@ -9,6 +9,7 @@ VERBS = {
     "capture": "write the activations of a model on text to disk, once for many trainings",
     "store": "look for damage in stored activations, and repair it",
     "train": "train a sparse autoencoder on a model's activations",
+    "sweep": "train many sparse autoencoders on one stream of activations, and compare them",
     "evaluate": "measure an SAE on text it has not seen",
     "index": "find out what makes each feature fire, and give it a first label",
     "steer": "write text with a feature turned up or down",

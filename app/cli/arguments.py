@@ -9,10 +9,12 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(kind: type[T], verb: str, arguments: Sequence[str]) -> T:
-    """Fill the dataclass ``kind`` from the words after ``sae VERB``.
+def parse(kind: type[T], verb: str, arguments: Sequence[str], *, default: T | None = None) -> T:
+    """Fill the dataclass ``kind`` from the words after ``sae VERB``; ``default`` says what is not typed.
 
     tyro prints its own explanation of words that do not fit and exits with status 2.
     """
     description = inspect.cleandoc(kind.__doc__ or "")
-    return tyro.cli(kind, prog=f"sae {verb}", args=list(arguments), description=description)
+    found = tyro.cli(kind, prog=f"sae {verb}", args=list(arguments), description=description, default=default)
+    assert found is not None
+    return found

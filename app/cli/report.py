@@ -1,6 +1,6 @@
 """Results as a person reads them in the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.text import Text
@@ -13,7 +13,7 @@ from features.explain import visible
 from features.labels import Labels
 from sae.evaluate import Evaluation
 
-CONTROL_NAMES = {"principal_components": "PCA", "random_weights": "random SAE"}
+CONTROL_NAMES = {"principal_components": "PCA", "reduced_rank": "linear map", "random_weights": "random SAE"}
 
 
 def _figure(value: float | int | None) -> str:
@@ -33,6 +33,26 @@ def print_evaluation(evaluation: Evaluation) -> None:
         f"  {evaluation.tokens:,} tokens of {evaluation.documents:,} documents of the {evaluation.split} split",
         style="dim",
     )
+
+
+def print_sweep(evaluations: Mapping[str, Evaluation]) -> None:
+    """The SAEs of a sweep, one a line, with 95% intervals."""
+
+    def with_interval(evaluation: Evaluation, key: str) -> str:
+        bounds = "–".join(_figure(bound) for bound in evaluation.intervals[key])
+        return f"{_figure(getattr(evaluation, key))} ({bounds})"
+
+    rows = [
+        [
+            name,
+            _figure(evaluation.l0),
+            with_interval(evaluation, "explained_variance"),
+            with_interval(evaluation, "ce_loss_recovered"),
+            "–" if evaluation.dead_fraction is None else f"{evaluation.dead_fraction:.1%}",
+        ]
+        for name, evaluation in evaluations.items()
+    ]
+    table(["", "L0", "explained variance", "CE loss recovered", "dead"], rows)
 
 
 def print_store(store: ActivationStore) -> None:
