@@ -24,19 +24,29 @@ class Edit:
     not be changed in place; the result has the same shape and is cast back to the model's dtype.
     ``positions`` ``[batch, pos]`` int64 holds the index of each token in its sequence, absolute also under
     the KV cache, and −1 at padding and at special tokens (BOS, end of text), which edits leave alone by
-    convention.
+    convention. ``reads`` names another hook, one that is computed earlier: ``apply(x, positions, read)`` is then also
+    given what flows there in the same forward pass, edits included.
     """
 
     hook_name: str
-    apply: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[..., Tensor]
+    reads: str | None = None
 
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hooks that it needs."""
+        return (self.hook_name,) if self.reads is None else (self.hook_name, self.reads)
+
+    def __call__(self, x: Tensor, positions: Tensor, read: Tensor | None = None) -> Tensor:
         """Apply the edit to ``x [batch, pos, width]`` and check what comes back.
+
+        Args:
+            read: what flows at ``reads``, if that is given.
 
         Raises:
             InputError: the result is not a tensor of the shape of ``x``.
         """
-        edited = self.apply(x, positions)
+        edited = self.apply(x, positions) if read is None else self.apply(x, positions, read)
         if not isinstance(edited, Tensor) or edited.shape != x.shape:
             found = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else type(edited).__name__
             raise InputError(

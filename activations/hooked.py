@@ -194,7 +194,8 @@ class HookedModel(ABC):
 
     def _backend(self, hook_names: Iterable[str], scopes: Sequence[EditScope]) -> Backend:
         """The way to run the model that serves all these hooks."""
-        needed = {*hook_names, *(edit.hook_name for scope in scopes for edit in scope.edits)}
+        edits = (edit for scope in scopes for edit in scope.edits)
+        needed = {*hook_names, *(name for edit in edits for name in edit.hook_names)}
         if self._sites is not None and needed <= self._sites.keys():
             blocks = self._architecture.blocks if self._architecture else None
             return Backend(self._hf_model, self._hf_model.base_model, self._sites, blocks)

@@ -98,9 +98,13 @@ class _ForwardPass:
             self.wanted.setdefault(sites[name], []).append(name)
         self.remaining = len(self.wanted)
         self.edits: dict[Site, list[tuple[EditScope, int]]] = {}
+        self.read_by_edits: dict[Site, list[str]] = {}
+        self.read: dict[str, Tensor] = {}
         for scope in scopes:
             for index, edit in enumerate(scope.edits):
                 self.edits.setdefault(sites[edit.hook_name], []).append((scope, index))
+                if edit.reads is not None:
+                    self.read_by_edits.setdefault(sites[edit.reads], []).append(edit.reads)
         self.batch = batch
         self.positions = positions
         self.out = out
@@ -109,7 +113,8 @@ class _ForwardPass:
         """Edit, then capture ``x``; returns what flows on (``x`` itself where nothing is edited)."""
         edits = self.edits.get(site)
         names = self.wanted.get(site)
-        if edits is None and names is None:
+        read = self.read_by_edits.get(site)
+        if edits is None and names is None and read is None:
             return x
         value = x.flatten(2) if site.flatten else x
         if site.flat:
@@ -120,18 +125,30 @@ class _ForwardPass:
         if edits and site.in_place:
             x.copy_(value.reshape(x.shape))
             value = x.view(value.shape)
+        shown = value - _mean(value) if site.centred and (names or read) else value
+        self.read.update(dict.fromkeys(read or (), shown))
         if names is not None and names[0] not in self.captured:
-            self._capture(names, value - _mean(value) if site.centred else value)
+            self._capture(names, shown)
         return value.reshape(x.shape) if edits else x
 
     def _edited(self, site: Site, edit: Edit, value: Tensor) -> Tensor:
         assert self.positions is not None
+        read = self._read_by(edit)
         if not site.centred or isinstance(edit, StreamEdit):
-            return edit(value, self.positions)
+            return edit(value, self.positions, read)
         mean = _mean(value)
         centred = value - mean
-        edited = edit(centred, self.positions)
+        edited = edit(centred, self.positions, read)
         return value if edited is centred else edited + mean
+
+    def _read_by(self, edit: Edit) -> Tensor | None:
+        if edit.reads is None:
+            return None
+        if edit.reads not in self.read:
+            raise InputError(
+                f"The edit at {edit.hook_name} reads {edit.reads}, which is not computed before it."
+            )
+        return self.read[edit.reads]
 
     def _capture(self, names: Sequence[str], value: Tensor) -> None:
         for name in names:
@@ -218,7 +235,7 @@ class HookSites(Mapping[str, Site]):
         return self._run(forward, _ForwardPass(self, (), batch, scopes, positions, {}), scopes)
 
     def _run(self, forward: Callable[[], R], forward_pass: _ForwardPass, scopes: Sequence[EditScope]) -> R:
-        for site in (*forward_pass.wanted, *forward_pass.edits):
+        for site in (*forward_pass.wanted, *forward_pass.edits, *forward_pass.read_by_edits):
             self._install(site)
         for scope in scopes:
             scope.ran = True

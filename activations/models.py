@@ -326,7 +326,7 @@ class LanguageModel(HookedModel):
             InputError: a hook does not exist; at the end of the block, an edit's hook never fired although
                 the model ran.
         """
-        self._backend([edit.hook_name for edit in edits], ())
+        self._backend([name for edit in edits for name in edit.hook_names], ())
         return edit_scope(self, edits)
 
     def generate(

@@ -270,5 +270,10 @@ def kept_rows(*sources: RowSource) -> np.ndarray:
     return kept
 
 
+def n_kept(*sources: RowSource) -> int:
+    """Number of rows that count at every one of several hooks of one store; errors as for :func:`kept_rows`."""
+    return int(np.unpackbits(kept_rows(*sources)).sum())
+
+
 def _joined(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim)

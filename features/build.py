@@ -169,8 +169,8 @@ class _Accumulators:
 
 
 def _lens_arrays(model: LanguageModel, sae: SparseAutoencoder) -> dict[str, np.ndarray]:
-    """The logit lens; nothing where the hook is off the residual stream or the final norm is not known."""
-    if not _RESIDUAL.search(sae.hook_name) or sae.d_in != model.d_model:
+    """The logit lens; nothing where features write off the residual stream or the final norm is not known."""
+    if not _RESIDUAL.search(sae.hook_out) or sae.d_out != model.d_model:
         return {}
     try:
         gain, W_U = model.logit_lens_weights()

@@ -129,7 +129,7 @@ class Run:
 
     @property
     def residual_norm(self) -> float:
-        """Mean norm of the activation vectors at the hook: strength 1 in the unit "residual".
+        """Mean norm of the activation vectors where features write: strength 1 in the unit "residual".
 
         Measured once, on the first blocks of the index, excluded positions left out.
         """

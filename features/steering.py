@@ -7,11 +7,14 @@ the SAE does not explain stays::
     clamp    x + (target − a_f) · W_dec[f],   a_f from the SAE's own encoding of x
     ablate   x − a_f · W_dec[f],              which is clamp to 0
 
+A transcoder's features write at its second hook, and so that is where it is edited: y takes the place of x above, and
+a_f comes from the x at its first hook in the same forward pass.
+
 Encoding the edited x again will in general give other features other activations too, and a concept may live
 on in the error or in neighbouring features: to ablate a feature is not to remove what it stands for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -65,15 +68,15 @@ def edit_features(
     """One edit that steers several features of an SAE at once, at every position that the SAE was trained on.
 
     All activations come from one encoding of the unedited x. Special tokens, padding (position −1) and
-    positions with a norm above the SAE's ``max_norm`` are left alone.
+    positions with a norm above the SAE's ``max_norm`` (a transcoder's: at either hook) are left alone.
 
     Args:
         strengths: feature → strength. Ablating takes 0, the strength it stands for.
         method: see the module.
         unit: what strength 1 means: ``"max"`` the feature's maximum in the index, ``"activation"`` an
-            activation of 1, ``"residual"`` a vector as long as the mean activation vector at this hook.
+            activation of 1, ``"residual"`` a vector as long as the mean activation vector at the edited hook.
         maxima: feature → its maximum in the index, for ``unit="max"``.
-        residual_norm: mean norm of the activation vectors at this hook, for ``unit="residual"``.
+        residual_norm: mean norm of the activation vectors at the edited hook, for ``unit="residual"``.
 
     Raises:
         InputError: an unknown feature, method or unit, a strength that is no number, or a unit whose size is
@@ -85,11 +88,7 @@ def edit_features(
     features = torch.tensor(list(targets), dtype=torch.int64)
     amounts = torch.tensor(list(targets.values()), dtype=torch.float64)
     steering = _Steering(sae, features, clamped=method != "add")
-
-    def apply(x: Tensor, positions: Tensor) -> Tensor:
-        return steering.apply(x, positions, amounts.expand(x.shape[0], -1))
-
-    return Edit(sae.hook_name, apply)
+    return steering.edit(lambda batch: amounts.expand(batch, -1))
 
 
 def edit_rows(
@@ -107,7 +106,7 @@ def edit_rows(
     steering = _Steering(sae, unique, clamped=method != "add")
     amounts = torch.full((len(slots), len(unique)), float("nan"), dtype=torch.float64)
     amounts[torch.arange(len(slots)), slots] = torch.tensor(activations, dtype=torch.float64)
-    return Edit(sae.hook_name, lambda x, positions: steering.apply(x, positions, amounts))
+    return steering.edit(lambda batch: amounts)
 
 
 def activation_targets(
@@ -175,29 +174,49 @@ def _size(
 
 
 class _Steering:
-    """Adds to x what given amounts of some features are worth, or the difference to what they are already."""
+    """Adds what given amounts of some features are worth, or the difference to what they are already."""
 
     def __init__(self, sae: SparseAutoencoder, features: Tensor, *, clamped: bool) -> None:
-        max_norm = sae.metadata.get("max_norm")
-        self.max_norm = float("inf") if max_norm is None else float(max_norm)
+        bounds = (sae.metadata.get(name) for name in ("max_norm", "max_norm_out"))
+        self.max_norm, self.max_norm_out = (
+            float("inf") if bound is None else float(bound) for bound in bounds
+        )
         self.sae = sae
         self.features = features
         self.clamped = clamped
 
-    def apply(self, x: Tensor, positions: Tensor, amounts: Tensor) -> Tensor:
-        """``x [batch, pos, d_in]`` with ``amounts [batch, m]`` of the m features; nan leaves one alone."""
-        if self.sae.device != x.device:
-            self.sae = self.sae.to(x.device)
+    def edit(self, amounts: Callable[[int], Tensor]) -> Edit:
+        """The edit that applies ``amounts(batch)`` ``[batch, m]`` of the m features; nan leaves one alone."""
+        if not self.sae.config.transcoder:
+            return Edit(
+                self.sae.hook_name, lambda x, positions: self._applied(x, positions, x, amounts(len(x)))
+            )
+        return Edit(
+            self.sae.hook_out,
+            lambda y, positions, x: self._applied(y, positions, x, amounts(len(x))),
+            reads=self.sae.hook_name,
+        )
+
+    def _applied(self, y: Tensor, positions: Tensor, x: Tensor, amounts: Tensor) -> Tensor:
+        """``y [batch, pos, d_out]`` with ``amounts [batch, m]`` of the features.
+
+        Args:
+            x: ``[batch, pos, d_in]``, what they are read from: y itself, but for a transcoder.
+        """
+        if self.sae.device != y.device:
+            self.sae = self.sae.to(y.device)
+        x = x.to(y.device)
         kept = (positions >= 0) & (x.float().norm(dim=-1) <= self.max_norm)
-        rows = x[kept]
-        directions = self.sae.W_dec[self.features.to(x.device)]
+        if self.sae.config.transcoder:
+            kept &= y.float().norm(dim=-1) <= self.max_norm_out
+        directions = self.sae.W_dec[self.features.to(y.device)]
         # Half precision is edited in the SAE's own, and float64 stays float64.
-        dtype = torch.promote_types(x.dtype, directions.dtype)
-        change = amounts.to(dtype).to(x.device)[kept.nonzero()[:, 0]]
+        dtype = torch.promote_types(y.dtype, directions.dtype)
+        change = amounts.to(dtype).to(y.device)[kept.nonzero()[:, 0]]
         if self.clamped:
-            change = change - self._activations(rows).to(dtype)
-        edited = x.clone()
-        edited[kept] = (rows.to(dtype) + change.nan_to_num(nan=0.0) @ directions.to(dtype)).to(x.dtype)
+            change = change - self._activations(x[kept]).to(dtype)
+        edited = y.clone()
+        edited[kept] = (y[kept].to(dtype) + change.nan_to_num(nan=0.0) @ directions.to(dtype)).to(y.dtype)
         return edited
 
     def _activations(self, rows: Tensor) -> Tensor:
@@ -289,7 +308,7 @@ def output_scores(
     """
     if not all(index.promoted(feature) for feature in features):
         raise InputError(
-            f"Output scores need the logit lens, and the index has none: {sae.hook_name} does not write into"
+            f"Output scores need the logit lens, and the index has none: {sae.hook_out} does not write into"
             " the residual stream of a model whose final normalisation is known."
         )
     if prompts is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import capture_blocks, kept_positions
+from activations.capture import capture_blocks, kept_at_all
 from activations.errors import InputError
 from activations.models import LanguageModel
 from sae.codes import Pattern, SparseCodes
@@ -104,11 +104,12 @@ def encode_kept(sae: SparseAutoencoder, x: Tensor, kept: Tensor) -> SparseCodes:
 
 
 def mean_norm(model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks) -> float:
-    """Mean norm of the activations at the SAE's hook over ``blocks``, excluded positions left out."""
-    exclusion = sae.exclusion(model.tokenizer)
+    """Mean norm of the activations where the SAE writes, over ``blocks``; excluded positions left out."""
+    exclusions = sae.exclusions(model.tokenizer)
     total, n = 0.0, 0
-    for start, activations in capture_blocks(model, blocks, [sae.hook_name]):
-        x = activations[sae.hook_name]
-        norms = x.float().norm(dim=-1)[kept_positions(blocks, start, start + len(x), x, exclusion)]
+    for start, captured in capture_blocks(model, blocks, list(exclusions)):
+        y = captured[sae.hook_out]
+        kept = kept_at_all(blocks, start, start + len(y), captured, exclusions)
+        norms = y.float().norm(dim=-1)[kept.to(y.device)]
         total, n = total + float(norms.double().sum()), n + len(norms)
     return total / max(n, 1)
