@@ -10,6 +10,7 @@ fixed layout may hold zeros, where a row has fewer than k positive pre-activatio
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,11 +62,27 @@ class Pattern:
     def transposed(self) -> "Transposed":
         """The same entries grouped by feature; built once, then shared by everything that sums over features."""
         flat = self.indices.flatten()
-        keys = flat.short() if self.d_sae <= 1 << 15 else flat  # short keys sort twice as fast
-        order = keys.argsort(stable=True)
-        rows = order // self.indices.shape[1] if self.row_offsets is None else self.rows()[order]
+        order = _grouped(flat, self.d_sae)
+        if self.row_offsets is None:
+            rows = order // self.indices.shape[1]
+        else:
+            rows = self.rows().index_select(0, order)
         counts = torch.bincount(flat, minlength=self.d_sae)
-        return Transposed(order, rows, counts.cumsum(0) - counts, counts)
+        return Transposed(order.long(), rows.long(), counts.cumsum(0) - counts, counts)
+
+
+def _grouped(features: Tensor, d_sae: int) -> Tensor:
+    """The places of all entries, feature by feature, ascending within each; int32 or int64.
+
+    On a CPU a feature and a place are sorted as one number, which numpy does in vector registers.
+    """
+    bits = max(len(features) - 1, 1).bit_length()  # of a place
+    if features.device.type != "cpu" or (d_sae - 1) >> (32 - bits):
+        return features.argsort(stable=True)
+    places = torch.arange(len(features), dtype=torch.int32)
+    keys = features.bitwise_left_shift(bits).bitwise_or_(places)
+    keys.numpy().view(np.uint32).sort()
+    return keys.bitwise_and_((1 << bits) - 1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,11 @@ class Transposed:
             ``[d_sae, d]``; zero rows for features without entries.
         """
         return torch.nn.functional.embedding_bag(
-            self.rows, table, self.offsets, mode="sum", per_sample_weights=weights.flatten()[self.order]
+            self.rows,
+            table,
+            self.offsets,
+            mode="sum",
+            per_sample_weights=weights.flatten().index_select(0, self.order),
         )
 
 

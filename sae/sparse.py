@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -25,7 +24,8 @@ from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
 _TILE_BYTES = 32 << 20  # of pre-activations: selection then reads them from the cache
-_RUNS = 8
+_RUNS, _LATER_RUNS = 8, 4
+_COLUMN = 0xFFFFFFFF  # the part of a key that holds the column
 
 _workspace = threading.local()
 
@@ -37,16 +37,16 @@ def tile_rows(d_sae: int, itemsize: int = 4) -> int:
     return max(16, min(_TILE_ROWS, _TILE_BYTES // (d_sae * itemsize)))
 
 
-def _buffer(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A scratch tensor that is reused from call to call: fresh pages cost more than the arithmetic on them."""
     size = math.prod(shape)
-    key = (name, like.dtype, like.device)
+    key = (name, dtype, device)
     buffers = _workspace.__dict__.setdefault("buffers", {})
     if key not in buffers or buffers[key].numel() < size:
         with torch.inference_mode(
             False
         ):  # a tensor made in inference mode could not be written outside it later
-            buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return buffers[key][:size].view(shape)
 
 
@@ -74,7 +74,9 @@ def map_tiles(
 
     results: list[T] = []
     for rows in centred.split(tile_rows(d_sae, centred.element_size())):
-        tile = torch.addmm(bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), centred))
+        tile = torch.addmm(
+            bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), centred.dtype, device)
+        )
         results += share(one, tile.split(max(16, math.ceil(len(rows) / n_workers(device)))), device)
     return results
 
@@ -84,40 +86,61 @@ def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     View a row as 8 runs of equal length and take the maximum across the runs (which vectorises). The k largest
     entries lie in the k columns with the largest maxima, so 8k candidates remain; the k largest maxima are found in
-    the same way, until the row is too short for it to pay.
+    the same way, until the row is too short for it to pay. Among few, numpy selects in vector registers, and faster
+    in place than through an index: so a value travels with its column as one number (:func:`_keys`).
 
     Args:
         tile: ``[rows, width]``.
 
     Returns:
-        values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order.
+        values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order; all entries if there are fewer.
     """
-    rows, width = tile.shape
-    if tile.device.type != "cpu":
+    k = min(k, tile.shape[1])
+    if tile.device.type != "cpu" or tile.dtype != torch.float32:
         return tile.topk(k, dim=1, sorted=False)
-    if width % _RUNS or width <= 4 * _RUNS * k:
-        indices = _argtopk(tile, k)
-        return tile.gather(1, indices), indices
-    length = width // _RUNS
-    maxima = _buffer(f"maxima {length}", (rows, length), tile)
-    torch.amax(tile.view(rows, _RUNS, length), dim=1, out=maxima)
-    winners = topk_of_tile(maxima, k)[1]
-    starts = torch.arange(0, width, length).view(_RUNS, 1)
-    columns = (winners.unsqueeze(1) + starts).view(rows, _RUNS * k)
-    candidates = torch.gather(tile, 1, columns, out=_buffer("candidates", (rows, _RUNS * k), tile))
-    best = _argtopk(candidates, k)
-    return candidates.gather(1, best), columns.gather(1, best)
+    keys = _tournament(tile, k, _RUNS)
+    return _ordered(keys.bitwise_right_shift(32).int()).view(torch.float32), keys & _COLUMN
 
 
-def _argtopk(tile: Tensor, k: int) -> Tensor:
-    """Places of the k largest entries of each row, int64 ``[rows, k]``; on the CPU.
+def _tournament(tile: Tensor, k: int, runs: int) -> Tensor:
+    """Keys of the k largest entries of each row ``[rows, k]``; valid until the next call in this thread."""
+    rows, width = tile.shape
+    if width % runs or width <= 2 * _RUNS * k:
+        return _largest(_keys(tile, torch.arange(width, dtype=torch.int32)), k)
+    length = width // runs
+    tile = tile.view(rows, runs, length)
+    maxima = torch.amax(tile, dim=1, out=_buffer(f"maxima {length}", (rows, length), tile.dtype, tile.device))
+    winners = _tournament(maxima, k, _LATER_RUNS) & _COLUMN
+    candidates = tile.gather(2, winners.unsqueeze(1).expand(rows, runs, k))
+    columns = winners.int().unsqueeze(1) + torch.arange(0, width, length, dtype=torch.int32).view(runs, 1)
+    return _largest(_keys(candidates.view(rows, runs * k), columns.view(rows, runs * k)), k)
 
-    numpy selects in vector registers where PyTorch compares one by one: two to three times as fast.
+
+def _keys(values: Tensor, columns: Tensor) -> Tensor:
+    """Numbers that sort like ``values [rows, width]``: the value in the high half, its column in the low one.
+
+    Returns:
+        int64 ``[rows, width]``; valid until the next call in this thread.
     """
-    width = tile.shape[1]
-    if k >= width:
-        return torch.arange(width).expand(len(tile), width)
-    return torch.from_numpy(np.argpartition(tile.numpy(), width - k, axis=1)[:, width - k :])
+    keys = _buffer("keys", values.shape, torch.int64, values.device)
+    halves = keys.view(torch.int32).view(
+        *values.shape, 2
+    )  # the low half comes first on every machine that runs us
+    halves[..., 0] = columns
+    halves[..., 1] = _ordered(values.view(torch.int32))
+    return keys
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of float32 numbers as int32 numbers in the same order, and back: it is its own inverse."""
+    return bits.bitwise_right_shift(31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """The k largest keys of each row, a view; moves the keys within their rows."""
+    first = keys.shape[1] - k
+    keys.numpy().partition(first, axis=1)
+    return keys[:, first:]
 
 
 def encode_topk(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae import sparse
-from sae.architectures import relu as relu_module
+from sae import codes, paying, sparse
 from sae.architectures.base import Loss, Moment, Weights
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
@@ -228,10 +227,8 @@ def test_auxk_trains_the_dead_features_encoder_too(n_dead: int) -> None:
 
 def test_one_transposed_structure_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    argsort = Tensor.argsort
-    monkeypatch.setattr(
-        Tensor, "argsort", lambda *args, **kwargs: built.append(1) or argsort(*args, **kwargs)
-    )
+    grouped = codes._grouped
+    monkeypatch.setattr(codes, "_grouped", lambda *args: built.append(1) or grouped(*args))
     this = CASES["plain"]()
     loss = topk(64, 5).loss(this.weights, this.x, this.x, NONE_DEAD)
     loss.total.backward()
@@ -253,7 +250,7 @@ def dense_relu(this: Problem, l1: float) -> tuple[Tensor, Tensor]:
 def test_relu_loss_equals_the_dense_formula(
     case: Problem, small_tiles: None, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relu_module, "SPARSE_BELOW", 2.0 if path == "sparse" else -1.0)
+    monkeypatch.setattr(paying, "SPARSE_BELOW", 2.0 if path == "sparse" else -1.0)
     d_sae = len(case.weights.b_enc)
     loss = relu(d_sae, 3.0).loss(case.weights, case.x, case.x, NONE_DEAD)
     expected, f = dense_relu(case, 3.0)
@@ -297,15 +294,35 @@ def test_row_dots() -> None:
     close(sparse.row_dots(left, right), (left * right).sum(1))
 
 
-@pytest.mark.parametrize(("width", "k"), [(40, 1), (40, 7), (64, 63), (5, 5), (5, 9), (4096, 32)])
-def test_selection_among_few_is_a_top_k(width: int, k: int) -> None:
-    """With many ties and with infinite entries; where there are fewer than k entries, all of them."""
-    tile = torch.randn(9, width).mul_(4).round_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("width", "k"), [(40, 1), (40, 7), (64, 63), (5, 5), (5, 9), (70, 3), (4096, 32), (1024, 1), (3072, 5)]
+)
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
+def test_selection_from_a_tile_is_a_top_k(width: int, k: int, kind: str, dtype: torch.dtype) -> None:
+    """From one round to three; with infinite entries; where there are fewer than k entries, all of them."""
+    generator = torch.Generator().manual_seed(width + k)
+    tile = torch.randn(9, width, generator=generator, dtype=dtype)
+    if kind == "ties":
+        tile.mul_(4).round_()
+    if kind == "negative":
+        tile.abs_().neg_()
     tile[0] = 0
-    tile[1, 0], tile[2, -1] = float("inf"), float("-inf")
-    places = sparse._argtopk(tile, k)
+    tile[1, 0], tile[2, -1], tile[3] = float("inf"), float("-inf"), float("-inf")
+    values, places = sparse.topk_of_tile(tile.clone(), k)
+    assert places.dtype == torch.int64
     assert all(len(set(row)) == min(k, width) for row in places.tolist())
-    assert torch.equal(tile.gather(1, places).sort(1).values, tile.topk(min(k, width)).values.flip(1))
+    assert torch.equal(tile.gather(1, places), values)
+    assert torch.equal(values.sort(1).values, tile.topk(min(k, width)).values.flip(1))
+
+
+def test_selection_leaves_the_tile_as_it_is() -> None:
+    tile = torch.randn(5, 512)
+    before = tile.clone()
+    for k in (2, 300):
+        first = sparse.topk_of_tile(tile, k)[0].clone()
+        assert torch.equal(tile, before)
+        assert torch.equal(sparse.topk_of_tile(tile, k)[0], first)
 
 
 def test_gradients_without_the_private_kernel(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
