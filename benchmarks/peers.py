@@ -16,7 +16,7 @@ from pathlib import Path
 PEERS = {"sae-lens": "6.54.12", "dictionary-learning": "0.1.0", "eai-sparsify": "1.3.3"}
 # What pip is asked for where the name and version alone will not do: dictionary-learning reads language models with
 # nnsight, which brings a torchvision of another torch. Training, encoding and its files need these only.
-INSTEAD = {"dictionary-learning": ("--no-deps dictionary-learning==0.1.0", "einops tqdm numpy")}
+INSTEAD = {"dictionary-learning": ("--no-deps dictionary-learning==0.1.0", "einops tqdm numpy safetensors")}
 CACHE = Path(__file__).parent / ".venvs"
 
 
@@ -53,7 +53,9 @@ def environment(folder: Path, *requirements: str) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("peers", nargs="*", choices=[[], *PEERS], help="which of them; all by default")
+    parser.add_argument(
+        "peers", nargs="*", choices=[[], *PEERS], metavar="PEER", help="which of them; all by default"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the environments lie")
     arguments = parser.parse_args()
     for name in arguments.peers or PEERS:
