@@ -5,6 +5,7 @@ atomically: a folder without a manifest, or whose state does not have the hash, 
 that a crash while one is written leaves another.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Checkpoint:
     stream: dict[str, Any]
 
 
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """What lies below ``folder``, the newest first, whole or not."""
+    return sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+
+
 def write_checkpoint(folder: Path, tokens: int, checkpoint: Checkpoint, inputs: dict[str, Any]) -> None:
     """Write a checkpoint below ``folder`` and delete all but the two newest."""
     target = folder / f"{tokens:012d}"
@@ -39,16 +45,14 @@ def write_checkpoint(folder: Path, tokens: int, checkpoint: Checkpoint, inputs: 
     write_manifest(
         target, _KIND, inputs, state_hash=_hash(data), trainer=checkpoint.plain, stream=checkpoint.stream
     )
-    for old in sorted(folder.iterdir())[:-KEPT]:
+    for old in checkpoint_folders(folder)[KEPT:]:
         shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     """The newest whole checkpoint below ``folder`` that was made from these inputs."""
-    if not folder.is_dir():
-        return None
     wanted = json.loads(json.dumps(inputs))
-    for path in sorted(folder.iterdir(), reverse=True):
+    for path in checkpoint_folders(folder):
         try:
             manifest = read_manifest(path, _KIND)
             data = (path / _STATE).read_bytes()
@@ -60,6 +64,4 @@ def newest_checkpoint(folder: Path, inputs: dict[str, Any]) -> Checkpoint | None
 
 
 def _hash(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()

@@ -6,12 +6,13 @@ line makes its flags from them.
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from activations.config import ExclusionRule, ModelDtype
 from activations.corpus import CorpusConfig
 from activations.errors import InputError
+from sae.presets import PRESETS, BiasInit, PresetName
 
 DEFAULT_TOKENS = 2_000_000
 
@@ -68,12 +69,17 @@ class SAEConfig:
 
     def check(self) -> None:
         """Raise InputError unless these settings make sense."""
+        _refuse_endless(self)
         if self.d_sae < 1:
             raise InputError(f"d_sae is {self.d_sae}, and an SAE needs at least one feature.")
         if self.architecture in SELECTING:
             self._check_selection()
         else:
             self._check_sparsity()
+        if self.aligned and self.transcoder:
+            raise InputError(
+                "aligned is for sparse autoencoders: a transcoder's encoder and decoder lie in different spaces."
+            )
         if self.skip and not self.transcoder:
             raise InputError("skip is for a transcoder: give hook_out, or leave it out.")
         self._refuse_foreign()
@@ -89,19 +95,26 @@ class SAEConfig:
             )
         if not 0 < self.k_anneal <= 1:
             raise InputError(f"k_anneal is {self.k_anneal}, and must be a fraction of the run.")
+        if self.k_start is None and self.k_anneal != SAEConfig().k_anneal:
+            raise InputError(
+                "k_anneal says how long k falls from k_start: give k_start, or leave k_anneal out."
+            )
         if self.auxk < 0 or self.multi_topk < 0:
             raise InputError("auxk and multi_topk are weights, and must not be negative.")
         if self.architecture == "matryoshka":
             widths = self.resolved_levels()
             if any(low >= high for low, high in itertools.pairwise(widths)) or widths[0] < 1:
                 raise InputError(
-                    f"levels are {self.levels}, and must rise from at least 1 to below d_sae, {self.d_sae}."
+                    f"levels are {', '.join(map(str, widths[:-1]))}, and must rise from at least 1 to below d_sae,"
+                    f" {self.d_sae}."
                 )
             if self.level_weights and (len(self.level_weights) != len(widths) or min(self.level_weights) < 0):
                 raise InputError(
                     f"level_weights has {len(self.level_weights)} numbers, and needs {len(widths)}, none negative:"
                     f" one for each of the widths {', '.join(map(str, widths))}."
                 )
+            if self.level_weights and max(self.level_weights) == 0:
+                raise InputError("level_weights are all 0, and one at least must be above 0.")
 
     def _check_sparsity(self) -> None:
         if self.sparsity_weight is not None and self.sparsity_weight < 0:
@@ -137,6 +150,13 @@ class SAEConfig:
     def resolved_sparsity_weight(self) -> float:
         """``sparsity_weight``, or the architecture's default."""
         return SPARSITY_WEIGHTS[self.architecture] if self.sparsity_weight is None else self.sparsity_weight
+
+
+def _refuse_endless(config: object) -> None:
+    """No number of a configuration may be infinite or none at all."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} is {value}, and must be a finite number.")
 
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -178,16 +198,30 @@ class TrainConfig:
     """How often the training tokens are read, in another order each time."""
     context_length: int | None = None
     """Tokens per sequence; by default what the model was made for, at most 1,024."""
+    preset: PresetName = "default"
+    """Chooses what is left open below: see sae/presets.py for what and why."""
     batch_tokens: int | None = None
     """Tokens per training step; by default chosen from the length of the run."""
     learning_rate: float | None = None
     """Peak learning rate of Adam; chosen from the number of steps by default."""
     buffer_tokens: int | None = None
     """Without a store: activations in the shuffle buffer; by default half a gigabyte of them."""
-    warmup: float = 0.05
-    """Fraction of the run over which the learning rate rises from 0."""
-    decay: float = 0.5
-    """Fraction of the run, at its end, over which the learning rate falls to 0."""
+    warmup: float | None = None
+    """Fraction of the run over which the learning rate rises from 0 (default: 0.05)."""
+    decay: float | None = None
+    """Fraction of the run, at its end, over which the learning rate falls to 0 (default: 0.5)."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient over all weights; 0 for no limit (default)."""
+    init_b_dec: BiasInit | None = None
+    """Where b_dec starts: the mean of the activations (default), or the geometric median of the first batch."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """Adam's two moments: 4 bytes a weight each, or 1, quantised block by block (2110.02861; slower)."""
+    ema: float = 0.0
+    """Decay per step of an exponential mean of the weights, which then is the trained SAE; 0 for none (2406.04093)."""
+    resample_every: int | None = None
+    """Tokens between two resamplings of dead features (Bricken et al. 2023); by default they are not resampled."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl; tensorboard writes into the run folder."""
     seed: int = 0
     """Seeds the initial weights."""
     order_seed: int = 0
@@ -203,27 +237,80 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise InputError for settings that no run can have."""
+        _refuse_endless(self)
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens is {self.tokens}, and must be at least 1.")
         if self.passes < 1:
             raise InputError(f"passes is {self.passes}, and must be at least 1.")
         if self.context_length is not None and self.context_length < 8:
             raise InputError(f"context_length is {self.context_length}, and must be at least 8.")
-        if self.seed < 0 or self.corpus.shuffle_seed < 0:
-            raise InputError(f"seed is {min(self.seed, self.corpus.shuffle_seed)}, and must not be negative.")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise InputError(f"batch_tokens is {self.batch_tokens}, and must be at least 1.")
-        if self.buffer_tokens is not None and self.buffer_tokens < 1:
-            raise InputError(f"buffer_tokens is {self.buffer_tokens}, and must be at least 1.")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise InputError(f"learning_rate is {self.learning_rate}, and must be above 0.")
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise InputError(
-                "warmup and decay are fractions of the run: neither may be negative, nor their sum above 1."
-            )
+        for name, seed in (
+            ("seed", self.seed),
+            ("order_seed", self.order_seed),
+            ("shuffle_seed", self.corpus.shuffle_seed),
+        ):
+            if seed < 0:
+                raise InputError(f"{name} is {seed}, and must not be negative.")
+        for name in ("batch_tokens", "buffer_tokens", "resample_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, and must be at least 1.")
+        self._check_optimiser()
         if self.order == "external" and self.store is None:
             raise InputError("order 'external' is for a store of activations: give --store, or leave it out.")
+        if self.buffer_tokens is not None and self.store is not None:
+            raise InputError(
+                "buffer_tokens is for activations computed as training goes: leave it out, or the store."
+            )
+        if self.hook_out == self.hook_name:
+            raise InputError(
+                f"hook_out and hook_name are both {self.hook_name}: a transcoder reads one hook and writes another;"
+                " leave hook_out out for a sparse autoencoder."
+            )
+        if self.sae.transcoder and self.hook_out is None:
+            raise InputError("A transcoder writes another hook than it reads: give hook_out.")
         self.rule.check()
+        self.resolved_sae().check()
+
+    def _check_optimiser(self) -> None:
+        rate = self.learning_rate
+        if rate is not None and rate <= 0:
+            raise InputError(f"learning_rate is {rate}, and must be above 0.")
+        warmup, decay = self.resolved_warmup(), self.resolved_decay()
+        if warmup < 0 or decay < 0 or warmup + decay > 1:
+            raise InputError(
+                f"warmup is {warmup:g} and decay {decay:g}, and they are fractions of the run: neither may be negative,"
+                " nor their sum above 1."
+            )
+        if self.resolved_clip_norm() < 0:
+            raise InputError(f"clip_norm is {self.clip_norm}, and must not be negative.")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}, and must be at least 0 and below 1.")
+
+    def resolved(self) -> "TrainConfig":
+        """The same training with everything worked out that was left open; where it is logged does not belong to it."""
+        return replace(
+            self,
+            sae=self.resolved_sae(),
+            tokens=self.resolved_tokens(),
+            preset="default",  # nothing is left for it to choose
+            batch_tokens=self.resolved_batch_tokens(),
+            learning_rate=self.resolved_learning_rate(),
+            warmup=self.resolved_warmup(),
+            decay=self.resolved_decay(),
+            clip_norm=self.resolved_clip_norm(),
+            init_b_dec=self.resolved_init_b_dec(),
+            log_to=(),
+        )
+
+    def resolved_sae(self) -> SAEConfig:
+        """``sae``, a transcoder where ``hook_out`` is given."""
+        return self.sae if self.hook_out is None else replace(self.sae, transcoder=True)
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Where activations are read; of a transcoder also where those are that it predicts."""
+        return (self.hook_name,) if self.hook_out is None else (self.hook_name, self.hook_out)
 
     def resolved_tokens(self) -> int:
         """``tokens``, or 2 million."""
@@ -234,27 +321,36 @@ class TrainConfig:
         return self.resolved_tokens() * self.passes
 
     def resolved_batch_tokens(self) -> int:
-        """``batch_tokens``, or ``1024 · √(tokens read / 4 million)`` as a power of two from 64 to 4,096.
-
-        So a longer run has both more and larger steps. Measured on the bundled model: 1,024 beats 512 and 2,048 at
-        4 million, 256 beats 64 at 200,000.
-        """
-        if self.batch_tokens is not None:
-            return min(self.batch_tokens, self.tokens_read())
-        exponent = round(10 + math.log2(self.tokens_read() / 4_000_000) / 2)
-        return min(2 ** min(max(exponent, 6), 12), self.tokens_read())
+        """``batch_tokens``, or the preset's; never more than there are."""
+        chosen = self.batch_tokens or PRESETS[self.preset].batch(self.tokens_read())
+        return min(chosen, self.tokens_read())
 
     def n_steps(self) -> int:
         """Number of training steps (whole batches)."""
         return self.tokens_read() // self.resolved_batch_tokens()
 
     def resolved_learning_rate(self) -> float:
-        """``learning_rate``, or a power law in the number of steps, at most 6e-3.
+        """``learning_rate``, or the preset's for so many steps."""
+        return self.learning_rate or PRESETS[self.preset].rate(self.n_steps())
 
-        The law ``4.3e-3 · (4000 / steps)^0.65`` passes through the best of what we measured on the bundled model (3,906
-        steps of 1,024 tokens, 3e-3 to 6e-3) and through SAEBench's recipe (3e-4 for 244,000 steps of 2,048 tokens,
-        2503.09532). The usual 2e-4/√(d_sae / 2¹⁴) is made for such long runs, and starves a short one.
-        """
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return min(6e-3, 4.3e-3 * (4000 / max(self.n_steps(), 1)) ** 0.65)
+    def resolved_warmup(self) -> float:
+        """``warmup``, or the preset's; no more than ``decay`` leaves where that alone was given."""
+        if self.warmup is not None:
+            return self.warmup
+        warmup = PRESETS[self.preset].warmup(self.n_steps())
+        return warmup if self.decay is None else max(min(warmup, 1 - self.decay), 0.0)
+
+    def resolved_decay(self) -> float:
+        """``decay``, or the preset's; no more than ``warmup`` leaves where that alone was given."""
+        if self.decay is not None:
+            return self.decay
+        decay = PRESETS[self.preset].decay
+        return decay if self.warmup is None else max(min(decay, 1 - self.warmup), 0.0)
+
+    def resolved_clip_norm(self) -> float:
+        """``clip_norm``, or the preset's; 0 for no limit."""
+        return PRESETS[self.preset].clip_norm if self.clip_norm is None else self.clip_norm
+
+    def resolved_init_b_dec(self) -> BiasInit:
+        """``init_b_dec``, or the preset's."""
+        return self.init_b_dec or PRESETS[self.preset].init_b_dec

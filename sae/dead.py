@@ -47,13 +47,18 @@ class DeadFeatures:
         return self.indices
 
     def refresh(self) -> None:
-        """Bring the list up to date at once (waits for the device): for measurements, not for training."""
+        """Bring the list up to date at once; this waits for the device."""
         self._take_up(self.mask().cpu())
         self._coming = Readback(self.mask())
 
     def update(self, fired: Tensor, n_tokens: int) -> None:
         """Take note of a batch of ``n_tokens`` in which the features ``fired`` (bool ``[d_sae]``) fired."""
         self.silent_tokens.add_(n_tokens).masked_fill_(fired, 0)
+
+    def revive(self, features: Tensor) -> None:
+        """Count these features (int64) as having fired just now."""
+        self.silent_tokens[features] = 0
+        self.refresh()
 
     def _take_up(self, dead: Tensor) -> None:
         found = dead.nonzero().flatten()

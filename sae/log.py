@@ -1,10 +1,13 @@
 """``metrics.jsonl``: one line per log step, in tokens; means over the steps since the last line.
 
 Sums are kept on the device. A line's numbers are sent on their way to the host when it is due and written when the
-next one is (:mod:`sae.readback`), so that no step waits for the device.
+next one is (:mod:`sae.readback`), so that no step waits for the device. A line that says that training has diverged is
+not written but raised.
 """
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activations.errors import InputError
 from activations.files import write_bytes
 from sae.architectures.base import Loss
 from sae.readback import Readback
+from sae.sinks import Sink
 from sae.trainer import Trainer
+
+DIVERGED_MSE = (
+    100.0  # times the mean squared norm of what is reconstructed; an SAE that is 0 everywhere has 1
+)
+DIVERGED_AFTER = 0.1  # of the run: a fresh SAE may begin with a large error
+
+
+class Diverged(InputError):
+    """Training has left the numbers that it could come back from."""
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line whose numbers are on their way: sums of ``names`` over ``n`` tokens, the dead at the end."""
+    """A line whose numbers are on their way: sums of ``names`` over ``n`` tokens, and what is known already."""
 
     names: list[str]
     sums: Readback
@@ -33,10 +47,12 @@ class MetricsLog:
 
     Args:
         path: the file. tokens_done: lines beyond this are of a run that was interrupted later, and dropped.
+        sinks: hear every line as well.
     """
 
-    def __init__(self, path: Path, tokens_done: int) -> None:
+    def __init__(self, path: Path, tokens_done: int, sinks: Sequence[Sink] = ()) -> None:
         self.path = path
+        self._sinks = sinks
         kept = []
         if path.exists() and tokens_done:
             # A line that a full disk or a kill cut short has no end.
@@ -44,6 +60,7 @@ class MetricsLog:
             whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["tokens"] <= tokens_done]
         write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        self._last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         self._coming: _Line | None = None
         self._clear()
 
@@ -53,48 +70,84 @@ class MetricsLog:
 
     def add(self, loss: Loss, power: Tensor, n: int) -> None:
         """Add a batch of n tokens; ``power`` is the mean squared norm of what it had to reconstruct."""
-        for name, value in {**loss.terms, "power": power, "entries": loss.entries / n}.items():
+        terms = {"loss": loss.total.detach(), **loss.terms, "power": power, "entries": loss.entries / n}
+        for name, value in terms.items():
             held = self._sums.get(name)
             self._sums[name] = value * n if held is None else held + value * n
         self._n += n
 
-    def close_line(self, trainer: Trainer) -> None:
-        """End the line of the steps since the last one, and write the one before it."""
+    def close_line(self, trainer: Trainer, held_out: dict[str, float]) -> None:
+        """End the line of the steps since the last one, and write the one before it.
+
+        Raises:
+            Diverged: the one before it.
+        """
         self.flush()
-        sums = torch.stack([*self._sums.values(), trainer.dead.mask().sum().float()])
+        sums = torch.stack(
+            [*self._sums.values(), trainer.gradient_norm, trainer.dead.mask().sum().to(trainer.gradient_norm)]
+        )
         facts = {
             "tokens": trainer.tokens_done,
+            "step": trainer.steps_done,
+            "n_steps": trainer.n_steps,
             "learning_rate": trainer.learning_rate_at(trainer.steps_done - 1),
+            "peak": trainer.learning_rate,
+            "held_out": held_out,
         }
         self._coming = _Line(list(self._sums), Readback(sums), self._n, facts)
         self._clear()
 
     def flush(self) -> None:
-        """Write the line that is on its way, if there is one."""
+        """Write the line that is on its way, if there is one.
+
+        Raises:
+            Diverged: its loss is not a number, or the error is far larger than what was to be reconstructed.
+        """
         if self._coming is None:
             return
         line, self._coming = self._coming, None
-        *sums, dead = line.sums.value().tolist()
+        *sums, gradient_norm, dead = line.sums.value().tolist()
         means = dict(zip(line.names, (value / line.n for value in sums), strict=True))
         power, l0 = means.pop("power"), means.pop("entries")
         values = {
             "tokens": line.facts["tokens"],
-            "explained_variance": 1 - means["mse"] / power,
+            "loss": means.pop("loss"),
+            "explained_variance": 1 - means["mse"] / power if power else 0.0,
             "l0": l0,
             **means,
             "dead": int(dead),
+            "gradient_norm": gradient_norm,
             "learning_rate": line.facts["learning_rate"],
+            **line.facts["held_out"],
         }
+        self._refuse_divergence(values, power, line.facts)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        self._last = values
+        for sink in self._sinks:
+            sink(values)
+
+    def _refuse_divergence(self, values: dict[str, Any], power: float, facts: dict[str, Any]) -> None:
+        late = facts["step"] > DIVERGED_AFTER * facts["n_steps"]
+        finite = all(math.isfinite(value) for value in values.values())
+        if finite and not (late and values["mse"] > DIVERGED_MSE * power):
+            return
+        before = (
+            f"; a line before they were {self._last['loss']:.4g} and {self._last['gradient_norm']:.4g}"
+            if self._last
+            else ""
+        )
+        raise Diverged(
+            f"Training diverged by step {facts['step']:,} of {facts['n_steps']:,}, where the loss was"
+            f" {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.4g}{before}: train anew with"
+            f" a learning_rate below {facts['peak']:.2g}, with clip_norm 1, or with a longer warmup."
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The sums of the line that has begun; writes what is on its way."""
         self.flush()
-        return {f"log.{name}": value for name, value in self._sums.items()}, {
-            "names": list(self._sums),
-            "n": self._n,
-        }
+        tensors = {f"log.{name}": value for name, value in self._sums.items()}
+        return tensors, {"names": list(self._sums), "n": self._n}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any], device: torch.device) -> None:
         """Take up a state that :meth:`state` gave."""

@@ -6,7 +6,7 @@ weights, optimiser, schedule and folder, and ends in the bits in which it ends w
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,20 +17,28 @@ from torch import Tensor
 from activations.errors import InputError
 from activations.files import is_finished, write_manifest
 from activations.progress import Progress, silent
-from sae.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from sae.checkpoint import Checkpoint, checkpoint_folders, newest_checkpoint, write_checkpoint
 from sae.config import TrainConfig
-from sae.log import MetricsLog
+from sae.differences import refuse_other
+from sae.held_out import held_out_metrics
+from sae.interrupt import Interruptions
+from sae.log import Diverged, MetricsLog
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder
 from sae.scaling import Scaling
+from sae.sinks import check_sinks, open_sinks
 from sae.trainer import Trainer
 
 LOG_LINES = 100
 CHECKPOINT_EVERY_LINES = 10
+HELD_OUT_EVERY_LINES = 10
 
 
 class Batches(Protocol):
-    """What training reads: batches ``[n, d_in]`` of raw activations, and where it stands."""
+    """What training reads: batches ``[n, d_in]`` of raw activations, and where it stands.
+
+    ``state_dict`` speaks of the batches that were given out, also after a batch was interrupted while it was made.
+    """
 
     def __iter__(self) -> Iterator[Tensor]: ...
 
@@ -57,45 +65,97 @@ class Run:
     @property
     def made_from(self) -> dict[str, Any]:
         """Everything that the result depends on."""
-        return {"config": asdict(self.config), **self.inputs}
+        return {"config": asdict(self.config.resolved()), **self.inputs}
 
     @property
     def finished(self) -> bool:
         """Whether the folder holds the SAE that this run would make."""
         return is_finished(RunFolder(self.folder).sae, "sae", self.made_from)
 
+    def refuse_other(self) -> None:
+        """Raise InputError where the folder holds a training with other settings, finished or not."""
+        refuse_trained_otherwise(self.folder, self.made_from)
 
-def train(run: Run, batches: Batches, scaling: Scaling, *, progress: Progress = silent) -> SparseAutoencoder:
+
+Watch = Callable[[Run, Mapping[str, float]], None]
+"""Hears every line of every run's ``metrics.jsonl``."""
+
+
+def refuse_trained_otherwise(folder: Path, made_from: Mapping[str, Any]) -> None:
+    """Refuse a run folder whose training was begun or finished with other settings than ``made_from`` (or a part).
+
+    Raises:
+        InputError: lists every setting that differs.
+    """
+    run = RunFolder(folder)
+    refuse_other(folder, [*checkpoint_folders(run.checkpoints), run.sae], made_from)
+
+
+def train(
+    run: Run,
+    batches: Batches,
+    scaling: Scaling,
+    *,
+    held_out: Tensor | None = None,
+    replace_other: bool = False,
+    progress: Progress = silent,
+    watch: Watch | None = None,
+) -> SparseAutoencoder:
     """Train one SAE: :func:`train_side_by_side` with one run."""
-    return train_side_by_side([run], batches, scaling, progress=progress)[0]
+    return train_side_by_side(
+        [run],
+        batches,
+        scaling,
+        held_out=held_out,
+        replace_other=replace_other,
+        progress=progress,
+        watch=watch,
+    )[0]
 
 
 def train_side_by_side(
-    runs: Sequence[Run], batches: Batches, scaling: Scaling, *, progress: Progress = silent
+    runs: Sequence[Run],
+    batches: Batches,
+    scaling: Scaling,
+    *,
+    held_out: Tensor | None = None,
+    replace_other: bool = False,
+    progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> list[SparseAutoencoder]:
     """Train SAEs on one stream, each writing ``metrics.jsonl``, ``checkpoints/`` and at the end ``sae/``.
 
     A run whose ``sae/`` is finished is skipped. One that was interrupted goes on from its newest checkpoint, to the
     same bits: the stream begins where the run stands that has come least far, and the others join when it reaches
-    them.
+    them. Ctrl-C and SIGTERM save a checkpoint of the current step.
 
     Args:
         runs: they must have the same hooks, batch size, number of steps and order of activations.
         batches: the activations. scaling: the units to train in.
+        held_out: raw activations that training does not see, ``[n, d_in]``, for a transcoder ``[n, d_in + d_out]``;
+            now and then a line of the metrics says how well they are reconstructed.
+        replace_other: train anew in a folder that holds a training with other settings, instead of refusing it.
+        watch: hears the lines of all metrics.
 
     Returns:
         the SAEs in the order of the runs, on the device of ``scaling``.
 
     Raises:
-        InputError: settings that cannot work, runs that do not go together, or activations that end too early.
+        InputError: settings that cannot work, runs that do not go together, a folder that holds something else, or
+            activations that end too early.
+        Diverged: a run left the finite numbers; others beside it were finished first.
     """
     for run in runs:
         run.config.check()
-        run.config.sae.check()
+        check_sinks(run.config.log_to)
     _refuse_unequal(runs)
+    if not replace_other:
+        for run in runs:
+            run.refuse_other()
     unfinished = [run for run in runs if not run.finished]
     if unfinished:
-        _train(unfinished, batches, scaling, progress)
+        trainings = [_Training(run, scaling, held_out, watch) for run in unfinished]
+        _train(trainings, batches, scaling, progress)
     return [SparseAutoencoder.load(RunFolder(run.folder).sae).to(scaling.mean.device) for run in runs]
 
 
@@ -119,29 +179,55 @@ def _refuse_unequal(runs: Sequence[Run]) -> None:
         raise InputError("Two runs side by side have the same folder: give each its own.")
 
 
-def _train(runs: Sequence[Run], batches: Batches, scaling: Scaling, progress: Progress) -> None:
-    trainings = [_Training(run, scaling) for run in runs]
+def _train(trainings: list["_Training"], batches: Batches, scaling: Scaling, progress: Progress) -> None:
     first = min(trainings, key=lambda training: training.trainer.steps_done)
     done, n_steps = first.trainer.steps_done, first.trainer.n_steps
+    tokens = first.run.config.tokens_read()
     if first.stream is not None:
         batches.load_state_dict(first.stream)
-    with progress("train", total=runs[0].config.tokens_read(), unit="tokens") as advance:
+    diverged: list[Diverged] = []
+    with Interruptions() as signals, progress("train", total=tokens, unit="tokens") as advance:
         advance(first.trainer.tokens_done)
-        for batch in itertools.islice(batches, n_steps - done):
-            x, y = scaling.apply(batch)
-            power = torch.linalg.vector_norm(y).square() / len(y)
+        try:
+            for batch in itertools.islice(batches, n_steps - done):
+                with signals.held():
+                    diverged += _step(trainings, done, batch, scaling, batches)
+                    done += 1
+                advance(len(batch))
+                if not trainings:
+                    break
+        except KeyboardInterrupt:
             for training in trainings:
-                if training.trainer.steps_done == done:
-                    training.step(x, y, power, batches)
-            done += 1
-            advance(len(batch))
-    if done < n_steps:
+                training.save(batches)
+            raise
+    if trainings and done < n_steps:
         raise InputError(
-            f"The activations ended after {first.trainer.tokens_done:,} of {runs[0].config.tokens_read():,} training"
-            " tokens."
+            f"The activations ended after {trainings[0].trainer.tokens_done:,} of {tokens:,} training tokens."
         )
     for training in trainings:
-        training.finish()
+        try:
+            training.finish()
+        except Diverged as error:
+            diverged.append(error)
+    if diverged:
+        raise diverged[0]
+
+
+def _step(
+    trainings: list["_Training"], done: int, batch: Tensor, scaling: Scaling, batches: Batches
+) -> list[Diverged]:
+    """One step of every training that stands at this batch; those that diverge are taken out of the list."""
+    x, y = scaling.apply(batch)
+    power = torch.linalg.vector_norm(y).square() / len(y)
+    diverged = []
+    for training in list(trainings):
+        if training.trainer.steps_done == done:
+            try:
+                training.step(x, y, power, batches)
+            except Diverged as error:
+                trainings.remove(training)
+                diverged.append(error)
+    return diverged
 
 
 class _Training:
@@ -151,43 +237,69 @@ class _Training:
         stream: where the activations stood at the checkpoint that it goes on from; None at the beginning.
     """
 
-    def __init__(self, run: Run, scaling: Scaling) -> None:
+    def __init__(self, run: Run, scaling: Scaling, held_out: Tensor | None, watch: Watch | None) -> None:
         self.run = run
         self.folder = RunFolder(run.folder)
         self.trainer = Trainer(run.config, scaling)
         self.stream: dict[str, Any] | None = None
+        self._held_out = held_out
         checkpoint = newest_checkpoint(self.folder.checkpoints, run.made_from)
         if checkpoint is not None:
             self.trainer.load_state(checkpoint.tensors, checkpoint.plain["trainer"])
             self.stream = checkpoint.stream
         elif self.folder.checkpoints.is_dir():
             shutil.rmtree(self.folder.checkpoints)
-        self.log = MetricsLog(self.folder.metrics, self.trainer.tokens_done)
+        self._saved = self.trainer.steps_done
+        sinks = open_sinks(run.config.log_to, run.folder, run.config, self.trainer.tokens_done)
+        if watch is not None:
+            sinks.append(lambda line: watch(run, line))
+        self.log = MetricsLog(self.folder.metrics, self.trainer.tokens_done, sinks)
         if checkpoint is not None:
             self.log.load_state(checkpoint.tensors, checkpoint.plain["log"], self.trainer.device)
         self._log_every = max(self.trainer.n_steps // LOG_LINES, 1)
-        self._checkpoint_every = self._log_every * CHECKPOINT_EVERY_LINES
 
     def step(self, x: Tensor, y: Tensor, power: Tensor, batches: Batches) -> None:
-        """One step, with the line and the checkpoint that are due after it."""
-        self.log.add(self.trainer.step(x, y), power, len(x))
-        done, n_steps = self.trainer.steps_done, self.trainer.n_steps
-        if done == n_steps or done % self._log_every == 0:
-            self.log.close_line(self.trainer)
-        if done < n_steps and done % self._checkpoint_every == 0:
+        """One step, with the line and the checkpoint that are due after it.
+
+        Raises:
+            Diverged: see :meth:`sae.log.MetricsLog.flush`; the checkpoints stay as they are.
+        """
+        trainer = self.trainer
+        last = trainer.steps_done + 1 == trainer.n_steps
+        line, within = divmod(trainer.steps_done + 1, self._log_every)
+        log = last or within == 0
+        self.log.add(trainer.step(x, y, measure=log), power, len(x))
+        if log:
+            held_out = last or line % HELD_OUT_EVERY_LINES == 0
+            self.log.close_line(trainer, self._measure_held_out() if held_out else {})
+        if within == 0 and line % CHECKPOINT_EVERY_LINES == 0 and not last:
             self.save(batches)
 
+    def _measure_held_out(self) -> dict[str, float]:
+        if self._held_out is None:
+            return {}
+        return held_out_metrics(self.trainer.folded({}), self._held_out)
+
     def save(self, batches: Batches) -> None:
-        """Write a checkpoint of this moment."""
-        tensors, plain = self.trainer.state()
+        """Write a checkpoint of this moment, unless it is there or weights are not finite."""
+        if self.trainer.steps_done == self._saved:
+            return
         log_tensors, log_plain = self.log.state()
+        tensors, plain = self.trainer.state()
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            return  # the next line of the log says so
         checkpoint = Checkpoint(
             tensors | log_tensors, {"trainer": plain, "log": log_plain}, batches.state_dict()
         )
         write_checkpoint(self.folder.checkpoints, self.trainer.tokens_done, checkpoint, self.run.made_from)
+        self._saved = self.trainer.steps_done
 
     def finish(self) -> None:
-        """Write the SAE; its manifest comes last."""
+        """Write the SAE; its manifest comes last.
+
+        Raises:
+            Diverged: in the last line.
+        """
         self.log.flush()
         trainer = self.trainer
         facts = {

@@ -1,86 +1,154 @@
 """One SAE in training: its weights, its optimiser, and the step that advances them.
 
 Inputs are centred and scaled (:mod:`sae.scaling`), counters are in tokens and schedules are fractions of the run.
-Decoder rows of architectures with ``unit_decoder`` stay at norm 1: the gradient's component along each row is
-removed before the optimiser's step, and rows are rescaled after it (Bricken et al. 2023).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sae.architectures.base import Loss, Moment, Weights
 from sae.architectures.registry import architecture_from
 from sae.config import TrainConfig
+from sae.constraints import Constraints
 from sae.dead import DeadFeatures
+from sae.ema import WeightMean
+from sae.median import geometric_median
 from sae.model import SparseAutoencoder
+from sae.optimizer import make_optimizer
+from sae.resample import resample
 from sae.scaling import Scaling
 from sae.schedule import rate_factor
-from sae.sparse import row_dots
+from sae.sparse import decode
 
 DEAD_WINDOW_TOKENS = 10_000_000  # at most; 20% of shorter runs
 
 
 class Trainer:
-    """The state of one training run and the step that advances it. Nothing in a step waits for the device.
+    """The state of one training run and the step that advances it.
+
+    Nothing in a step waits for the device, but for the few that resample dead features.
 
     Args:
         config: what to train; ``config.check()`` must pass.
         scaling: of what is read and written; says the widths and the device.
+
+    Attributes:
+        gradient_norm: of the last step that was asked to measure it (all weights, before clipping), on the device.
     """
 
     def __init__(self, config: TrainConfig, scaling: Scaling) -> None:
         _keep_freed_memory()
         self.config, self.scaling = config, scaling
         self.device = scaling.mean.device
-        self.architecture = architecture_from(config.sae)
+        self.architecture = architecture_from(config.resolved_sae())
         generator = torch.Generator().manual_seed(config.seed)
         initial = self.architecture.initial_weights(scaling.d_in, scaling.d_out, generator).tensors()
         self.weights = Weights(**{k: v.to(self.device).requires_grad_() for k, v in initial.items()})
+        self.constraints = Constraints(self.architecture.unit_decoder, config.sae.aligned)
+        if config.sae.aligned:
+            self.constraints.enforce(self.weights)
         self.architecture_state = {k: v.to(self.device) for k, v in self.architecture.initial_state().items()}
         self.learning_rate = config.resolved_learning_rate()
-        self.optimizer = torch.optim.Adam(self.weights.tensors().values(), lr=self.learning_rate, fused=True)
+        self.optimizer = make_optimizer(self.weights.tensors().values(), self.learning_rate, config.moments)
+        self.mean = WeightMean(self.weights, config.ema) if config.ema else None
+        self.gradient_norm = torch.zeros((), device=self.device)
         self.n_steps = config.n_steps()
         self.steps_done = 0
         self.tokens_done = 0
         window = min(DEAD_WINDOW_TOKENS, max(config.tokens_read() // 5, 1))
         self.dead = DeadFeatures(config.sae.d_sae, window, self.n_steps, self.device)
+        self._warmup, self._decay = config.resolved_warmup(), config.resolved_decay()
+        self._clip_norm = config.resolved_clip_norm()
+        self._resample_steps = _in_steps(config.resample_every, config.resolved_batch_tokens())
+        # to resample with: what the weights of shape [d_sae] begin with
+        self._initial = {
+            name: value.to(self.device)
+            for name, value in initial.items()
+            if value.shape == (config.sae.d_sae,) and self._resample_steps is not None
+        }
 
-    def step(self, x: Tensor, y: Tensor) -> Loss:
+    def step(self, x: Tensor, y: Tensor, *, measure: bool = False) -> Loss:
         """One optimiser step on a batch as :meth:`sae.scaling.Scaling.apply` gave it; leaves x and y as they are.
 
         Args:
             x: ``[n, d_in]``. y: ``[n, d_out]``, x itself for an SAE.
+            measure: take down ``gradient_norm``, which costs a pass over the gradients; the weights come out the same.
         """
+        if self.steps_done == 0:
+            self._begin(y)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(self.steps_done)
-        moment = Moment(
-            self.steps_done / self.n_steps, self.dead.at(self.steps_done), self.architecture_state
-        )
+        done = self.steps_done / self.n_steps
+        moment = Moment(done, self.dead.at(self.steps_done), self.architecture_state)
         loss = self.architecture.loss(self.weights, x, y, moment)
         loss.total.backward()
-        with torch.no_grad():
-            decoder = self.weights.W_dec
-            if self.architecture.unit_decoder and decoder.grad is not None:
-                _remove_radial(decoder.grad, decoder)
-            self.optimizer.step()
-            if self.architecture.unit_decoder:
-                _normalise(decoder)
-            self.dead.update(loss.fired, len(x))
+        self.constraints.project(self.weights)
+        self._clip(measure)
+        self.optimizer.step()
+        self.constraints.enforce(self.weights)
         self.optimizer.zero_grad(set_to_none=True)
+        self.dead.update(loss.fired, len(x))
         self.architecture_state = loss.state
         self.steps_done += 1
         self.tokens_done += len(x)
+        if self._resample_steps and self.steps_done % self._resample_steps == 0 and done < 1 - self._decay:
+            self._resample(x, y)
+        if self.mean is not None:
+            self.mean.update(self.weights)
         return loss
+
+    def _begin(self, y: Tensor) -> None:
+        if self.config.resolved_init_b_dec() == "geometric_median":
+            with torch.no_grad():
+                self.weights.b_dec.copy_(geometric_median(y))
+
+    def _clip(self, measure: bool) -> None:
+        if self._clip_norm or measure:
+            found = [tensor.grad for tensor in self.weights.tensors().values() if tensor.grad is not None]
+            self.gradient_norm = get_total_norm(found)
+            if self._clip_norm:
+                clip_grads_with_norm_(self.weights.tensors().values(), self._clip_norm, self.gradient_norm)
+
+    @torch.no_grad()
+    def _resample(self, x: Tensor, y: Tensor) -> None:
+        """Start dead features anew; this waits for the device."""
+        self.dead.refresh()
+        if not len(self.dead.indices):
+            return
+        config, weights = self.architecture.finished(self.weights, self.architecture_state)
+        architecture = architecture_from(config)
+        reads, writes = architecture.centred(weights, x), architecture.goal(weights, x, y) - weights.b_dec
+        error = (
+            decode(architecture.encode(weights, x), weights.W_dec, torch.zeros_like(weights.b_dec)) - writes
+        )
+        generator = torch.Generator().manual_seed((self.config.seed << 32) + self.steps_done)
+        resampled = resample(
+            self.weights,
+            self.dead.indices,
+            reads,
+            writes,
+            error.square().sum(1),
+            self._initial,
+            self.optimizer,
+            generator,
+        )
+        self.constraints.enforce(self.weights)
+        self.dead.revive(resampled)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step; 0 is the first."""
-        return self.learning_rate * rate_factor(step, self.n_steps, self.config.warmup, self.config.decay)
+        return self.learning_rate * rate_factor(step, self.n_steps, self._warmup, self._decay)
 
     def folded(self, metadata: dict[str, Any]) -> SparseAutoencoder:
-        """The SAE as it stands, for inference, in the units of the model's activations."""
-        config, weights = self.architecture.finished(self.weights, self.architecture_state)
+        """The SAE as it stands, for inference, in the units of the model's activations; the mean one with ``ema``."""
+        weights = self.weights
+        if self.mean is not None and self.steps_done:
+            weights = self.mean.mean(self.steps_done)
+            self.constraints.enforce(weights)
+        config, weights = self.architecture.finished(weights, self.architecture_state)
         return SparseAutoencoder(config, self.scaling.folded(weights), metadata)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -90,6 +158,8 @@ class Trainer:
             tensors |= {f"adam.{name}.{k}": v for k, v in self.optimizer.state[parameter].items()}
         tensors |= {f"architecture.{k}": v for k, v in self.architecture_state.items()}
         tensors |= {f"dead.{k}": v for k, v in self.dead.state().items()}
+        if self.mean is not None:
+            tensors |= {f"mean.{k}": v for k, v in self.mean.sums.items()}
         return tensors, {"steps_done": self.steps_done, "tokens_done": self.tokens_done}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
@@ -105,6 +175,8 @@ class Trainer:
             key: value.to(self.device, copy=True) for key, value in _below(tensors, "architecture.").items()
         }
         self.dead.load_state(_below(tensors, "dead."))
+        if self.mean is not None:
+            self.mean.load(_below(tensors, "mean."))
         self.steps_done, self.tokens_done = plain["steps_done"], plain["tokens_done"]
 
 
@@ -113,14 +185,8 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _remove_radial(gradient: Tensor, rows: Tensor) -> None:
-    """Take out of each row of ``gradient [d_sae, d_in]`` its component along the unit vector in the same row."""
-    gradient.addcmul_(rows, row_dots(gradient, rows)[:, None], value=-1)
-
-
-def _normalise(rows: Tensor) -> None:
-    """Give each row norm 1, in place."""
-    rows.div_(row_dots(rows, rows).sqrt_().clamp_min_(1e-8)[:, None])
+def _in_steps(tokens: int | None, batch_tokens: int) -> int | None:
+    return None if tokens is None else max(round(tokens / batch_tokens), 1)
 
 
 def _keep_freed_memory() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import tree
 from torch import Tensor
 
 from activations.errors import InputError
@@ -18,6 +19,10 @@ from sae.train import Run, train, train_side_by_side
 from sae.trainer import Trainer
 
 D_IN, D_SAE, K = 16, 48, 3
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nobody catches it."""
 
 
 class PlantedBatches:
@@ -38,7 +43,7 @@ class PlantedBatches:
     def __iter__(self) -> Iterator[Tensor]:
         while self.done < self.n_batches:
             if self.done == self.dies_after:
-                raise KeyboardInterrupt
+                raise Killed
             self.done += 1
             yield self.make(self.done)
 
@@ -106,7 +111,7 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str
     whole = PlantedBatches(120)
     scaling = moments(whole)
     expected = train(Run(settings, tmp_path / "whole", inputs={"a": 1}), whole, scaling)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(
             Run(settings, tmp_path / "cut", inputs={"a": 1}),
             PlantedBatches(120, dies_after=dies_after),
@@ -121,28 +126,47 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, architecture: str
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
-def test_other_inputs_start_afresh_and_equal_inputs_are_not_trained_again(tmp_path: Path) -> None:
-    batches = PlantedBatches(20)
-    scaling = moments(batches)
-    first = train(Run(config(steps=20), tmp_path, inputs={"seed": 1}), batches, scaling)
-    untouched = PlantedBatches(20, dies_after=0)
-    assert train(Run(config(steps=20), tmp_path, inputs={"seed": 1}), untouched, scaling).hash == first.hash
-    with pytest.raises(KeyboardInterrupt):
-        train(Run(config(steps=20), tmp_path, inputs={"seed": 2}), untouched, scaling)
-
-
-def test_another_configuration_is_trained_although_its_inputs_are_the_same(tmp_path: Path) -> None:
+def test_equal_settings_are_not_trained_again(tmp_path: Path) -> None:
     scaling = moments(PlantedBatches(1))
-    train(Run(config(steps=20), tmp_path), PlantedBatches(20), scaling)
-    other = replace(config(steps=20), sae=SAEConfig(d_sae=D_SAE, k=K + 1))
-    assert train(Run(other, tmp_path), PlantedBatches(20), scaling).config.k == K + 1
+    run = Run(config(steps=20), tmp_path, inputs={"tokens": "a"})
+    first = train(run, PlantedBatches(20), scaling)
+    assert train(run, PlantedBatches(20, dies_after=0), scaling).hash == first.hash
+    # Where metrics are logged, and defaults given as numbers, change nothing.
+    same = replace(run, config=replace(run.config, warmup=0.05, decay=0.5, clip_norm=0.0, preset="default"))
+    assert train(same, PlantedBatches(20, dies_after=0), scaling).hash == first.hash
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_with_what_differs(tmp_path: Path, finished: bool) -> None:
+    scaling = moments(PlantedBatches(1))
+    run = Run(config(steps=120), tmp_path, inputs={"tokens": "a"})
+    if finished:
+        train(run, PlantedBatches(120), scaling)
+    else:
+        with pytest.raises(Killed):
+            train(run, PlantedBatches(120, dies_after=60), scaling)
+    other = Run(
+        replace(config(steps=120), sae=SAEConfig(d_sae=D_SAE, k=K + 1), seed=5),
+        tmp_path,
+        inputs={"tokens": "b"},
+    )
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as error:
+        train(other, PlantedBatches(120), scaling)
+    assert str(error.value) == (
+        f'{tmp_path} holds a training with other settings (sae.k: 3 there, 4 here; seed: 0 there, 5 here; tokens: "a"'
+        ' there, "b" here): give those to continue it, give another folder, or delete this one.'
+    )
+    assert tree(tmp_path) == before
+    alone = train(replace(other, folder=tmp_path / "alone"), PlantedBatches(120), scaling)
+    assert train(other, PlantedBatches(120), scaling, replace_other=True).hash == alone.hash
 
 
 def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     settings = config(steps=120)
     scaling = moments(PlantedBatches(1))
     expected = train(Run(settings, tmp_path / "whole"), PlantedBatches(120), scaling)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(Run(settings, tmp_path / "cut"), PlantedBatches(120, dies_after=60), scaling)
     newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"torn")
@@ -234,9 +258,9 @@ def test_side_by_side_ends_in_the_bits_of_training_alone(tmp_path: Path) -> None
     }
     together = [Run(each, tmp_path / name) for name, each in settings.items()]
     train(together[2], PlantedBatches(120), scaling)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train_side_by_side(together[:2], PlantedBatches(120, dies_after=105), scaling)
-    with pytest.raises(KeyboardInterrupt):  # the fourth starts, and the first two wait for it
+    with pytest.raises(Killed):  # the fourth starts, and the first two wait for it
         train_side_by_side(together, PlantedBatches(120, dies_after=47), scaling)
     saes = train_side_by_side(together, PlantedBatches(120), scaling)
     assert [sae.hash for sae in saes] == list(alone.values())
