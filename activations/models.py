@@ -302,8 +302,8 @@ class LanguageModel(HookedModel):
         """Run the model on ``ids [batch, pos]`` so that what follows ``hook_name`` can be run again by itself.
 
         For logits under many different activations at one hook: on the SDPA path, each
-        :meth:`Replay.logits_with` computes only the blocks from the hook on. ``also`` names other hooks, at which
-        :attr:`Replay.captured` then says what flowed; the other arguments are as for :meth:`capture`.
+        :meth:`Replay.logits_with` computes only the blocks from the hook on. ``also`` names hooks that are computed
+        earlier, and :attr:`Replay.captured` then says what flowed there; other arguments are as for :meth:`capture`.
 
         Raises:
             InputError: as for :meth:`capture`, and inside a block of :meth:`edited`.

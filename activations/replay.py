@@ -75,7 +75,7 @@ def start_replay(
         positions: of the tokens, ``[batch, pos]``, as edits see them.
         hook_name: where activations are to be replaced.
         n_layers: of the model.
-        also: further hooks whose activations are kept.
+        also: further hooks, computed earlier, whose activations are kept.
     """
     first_block, entrance, place = _start(backend, hook_name, n_layers)
     rest: Any = backend.causal_lm
@@ -101,7 +101,7 @@ def start_replay(
 
     seen: dict[str, list[Tensor]] = {name: [] for name in also}
     edits = [StreamEdit(entrance, _recorded(entering)), Edit(place, _recorded(flowing))]
-    edits += [Edit(name, _recorded(values)) for name, values in seen.items()]
+    edits += [Edit(place, _recorded_elsewhere(values), reads=name) for name, values in seen.items()]
     clean = logits(backend.causal_lm, edits)
     return Replay(flowing[0], clean, logits_with, {name: values[0] for name, values in seen.items()})
 
@@ -123,6 +123,17 @@ def _recorded(seen: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
 
     def apply(x: Tensor, positions: Tensor) -> Tensor:
         seen.append(x.clone())
+        return x
+
+    return apply
+
+
+def _recorded_elsewhere(seen: list[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """As :func:`_recorded`, for what the edit reads at another hook."""
+    record = _recorded(seen)
+
+    def apply(x: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        record(read, positions)
         return x
 
     return apply

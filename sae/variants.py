@@ -74,11 +74,12 @@ class Variants:
         part = PartialSums(np.unique(owners[owners != PADDING]))
         sae = next(iter(self.saes.values()))
         exclusions = sae.exclusions(self.model.tokenizer)
-        replay = self.model.replay(
-            ids, sae.hook_out, also=list(exclusions), attention_mask=self.blocks.attention_mask(*block_range)
-        )
-        x, y = replay.captured[sae.hook_name], replay.activations
-        kept = kept_at_all(self.blocks, *block_range, replay.captured, exclusions)
+        mask = self.blocks.attention_mask(*block_range)
+        also = [hook_name for hook_name in exclusions if hook_name != sae.hook_out]
+        replay = self.model.replay(ids, sae.hook_out, also=also, attention_mask=mask)
+        flowing = {**replay.captured, sae.hook_out: replay.activations}
+        x, y = flowing[sae.hook_name], flowing[sae.hook_out]
+        kept = kept_at_all(self.blocks, *block_range, flowing, exclusions)
         reconstruction = _Reconstruction(
             x[kept.to(x.device)].to(self.mean), y[kept.to(y.device)].to(self.mean), owners[kept.cpu().numpy()]
         )
