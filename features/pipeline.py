@@ -6,7 +6,7 @@ on it and nothing else.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.statistics import Statistics, measure_statistics
 from activations.store import SHUFFLED, ActivationStore, HookActivations, tokens_folder
-from activations.store_stream import StoreStream
+from activations.store_stream import StoreStream, n_kept
 from activations.stream import ActivationStream
 from activations.verify import captured_with
 from activations.writer import write_store
@@ -36,10 +36,12 @@ from features.labels import Labels
 from sae.config import TrainConfig
 from sae.controls import REFERENCE_ROWS, reference_activations
 from sae.evaluate import Evaluation, evaluate
-from sae.model import SparseAutoencoder
+from sae.model import SparseAutoencoder, check_order
 from sae.run import RunFolder, read_run_config, write_run_config
 from sae.scaling import Scaling
-from sae.train import Run, train
+from sae.train import Run, Watch, refuse_trained_otherwise, train
+
+HELD_OUT_ROWS = 8192  # activations that training is measured on while it goes
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Source:
-    """What training reads: the batches, the units to train in, and which positions they leave out."""
+    """What training reads: the batches, the units to train in, and which positions they leave out, by hook."""
 
     batches: ActivationStream | StoreStream
     scaling: Scaling
-    exclusion: Exclusion
+    exclusions: dict[str, Exclusion]
 
 
 class Pipeline:
@@ -80,6 +82,7 @@ class Pipeline:
             trainings and the index read them; without it, training computes them as it goes.
         model: a loaded model to use in the place of ``config.model``; the run remembers its name, and
             :func:`features.run.open_run` takes it again.
+        replace_other: train anew in a folder that holds a training with other settings, instead of refusing it.
 
     Raises:
         InputError: the folder holds something that is no run, or the settings cannot work.
@@ -93,6 +96,7 @@ class Pipeline:
         sizes: Sizes | None = None,
         store_activations: bool = False,
         model: LanguageModel | None = None,
+        replace_other: bool = False,
         progress: Progress = silent,
     ) -> None:
         self.run = RunFolder(Path(folder))
@@ -107,11 +111,14 @@ class Pipeline:
             store = ActivationStore.open(config.store)
             config = _as_captured(config, store, self._on_disk)
             self.store = store.at(config.hook_name)
-            config = replace(config, tokens=config.tokens or self.store.n_kept)
+            also = _also(config, store)
+            n_rows = n_kept(self.store, *also) if also else self.store.n_kept
+            config = replace(config, tokens=config.tokens or n_rows)
         config = replace(config, tokens=config.resolved_tokens())
         self.config = config
         self.sizes = sizes or Sizes.for_training(config.resolved_tokens())
         self.store_activations = store_activations
+        self.replace_other = replace_other
         self.progress = progress
         self._given_model = model
         if self.run.path.exists() and not self.run.path.is_dir():
@@ -142,8 +149,11 @@ class Pipeline:
         Raises:
             InputError: an unknown model, hook or layer, another model than the store's, settings that cannot work.
         """
-        self.config.sae.check()
-        self.model.width(self.config.hook_name)  # refuses a hook that is not there
+        self.config.resolved_sae().check()
+        for hook_name in self.config.hook_names:
+            self.model.width(hook_name)  # refuses a hook that is not there
+        if self.config.hook_out is not None:
+            check_order(self.model, self.config.hook_name, self.config.hook_out)
         if self.store is not None and self.model.hash != self.store.store.manifest["inputs"]["model"]:
             raise InputError(
                 f"The weights of {self.config.model} are not those that {self.config.store} was captured with."
@@ -175,6 +185,9 @@ class Pipeline:
                 link_folder(beside.run.tokens / split, self.run.tokens / split)
             return
         made = {split: self._made(split, n_tokens) for split, n_tokens in missing}
+        if not self.replace_other:
+            tokens = made["train"] if "train" in made else self.train_blocks
+            refuse_trained_otherwise(self.run.path, {**self._settings, "tokens": tokens.hash})
         write_run_config(self.run.path, self.config)
         for split, n_tokens in missing:
             made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
@@ -251,7 +264,7 @@ class Pipeline:
         store = write_store(
             self.model,
             self.train_blocks,
-            [self.config.hook_name],
+            list(self.config.hook_names),
             self.run.activations,
             rule=self.config.rule,
             replace_other=True,
@@ -259,13 +272,43 @@ class Pipeline:
         )
         return store.at(self.config.hook_name)
 
-    def train(self) -> SparseAutoencoder:
-        """Train the SAE, or load it."""
+    def train(self, watch: Watch | None = None) -> SparseAutoencoder:
+        """Train the SAE, or load it; ``watch`` hears the lines of ``metrics.jsonl``."""
         if self.is_trained:
             return self.sae()
         source = self.live_source() if self._live else self.stored_source(self.capture())
-        run = Run(self.config, self.run.path, self.metadata(source.exclusion), self.training_inputs)
-        return train(run, source.batches, source.scaling, progress=self.progress)
+        run = Run(self.config, self.run.path, self.metadata(source.exclusions), self.training_inputs)
+        return train(
+            run,
+            source.batches,
+            source.scaling,
+            held_out=self.held_out(source),
+            replace_other=self.replace_other,
+            progress=self.progress,
+            watch=watch,
+        )
+
+    def held_out(self, source: Source) -> Tensor | None:
+        """Activations that training does not see, to measure on while it goes: of the score split, on the CPU.
+
+        Returns:
+            ``[n, width]`` as the batches of ``source`` are laid out; None where the text has no such split.
+        """
+        try:
+            blocks = self.tokens("score", self.sizes.score_tokens)
+        except InputError:
+            return None
+        exclusions = dict(source.exclusions)
+        stream = ActivationStream.live(
+            self.model,
+            blocks,
+            self.config.hook_name,
+            exclusions.pop(self.config.hook_name),
+            also=exclusions,
+            batch_size=min(HELD_OUT_ROWS, blocks.n_tokens),
+            n_batches=1,
+        )
+        return next(stream).cpu()
 
     @property
     def is_trained(self) -> bool:
@@ -275,19 +318,41 @@ class Pipeline:
     @cached_property
     def training_inputs(self) -> dict[str, Any]:
         """Hashes and settings that the trained SAE depends on."""
+        return {**self._settings, "tokens": self.train_blocks.hash}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the trained SAE depends on besides the text."""
         model = self.model
         return {
             "config": _as_inputs(self.config),
             "model": model.hash,
             "dtype": str(model.dtype),
             "device": model.device.type,
-            "tokens": self.train_blocks.hash,
-            "activations": "live" if self._live else "stored" if self.store is None else self.store.identity,
+            "activations": self._activations_read,
         }
 
-    def metadata(self, exclusion: Exclusion) -> dict[str, Any]:
-        """Where the SAE belongs and what it was trained on, for its cfg.json."""
+    @property
+    def _activations_read(self) -> str:
+        """How training comes by its activations."""
+        if self.store is None:
+            return "live" if self._live else "stored"
+        return " ".join(held.identity for held in (self.store, *_also(self.config, self.store.store)))
+
+    def metadata(self, exclusions: Mapping[str, Exclusion]) -> dict[str, Any]:
+        """Where the SAE belongs and what it was trained on, for its cfg.json.
+
+        Args:
+            exclusions: which positions training left out at each hook.
+        """
         config, blocks = self.config, self.train_blocks
+        bounds = {
+            hook_name: None if exclusion.max_norm == float("inf") else exclusion.max_norm
+            for hook_name, exclusion in exclusions.items()
+        }
+        written = {}
+        if config.hook_out is not None:
+            written = {"hook_name_out": config.hook_out, "max_norm_out": bounds[config.hook_out]}
         return {
             "model_name": config.model,
             "model_hash": self.model.hash,
@@ -296,7 +361,8 @@ class Pipeline:
             "prepend_bos": blocks.bos,
             "packing": blocks.packing,
             "exclude_special_tokens": config.rule.exclude_special,
-            "max_norm": None if exclusion.max_norm == float("inf") else exclusion.max_norm,
+            "max_norm": bounds[config.hook_name],
+            **written,
             "dataset_path": " ".join(config.corpus.text),
             "corpus": self._about_text,
             "corpus_hash": self._text_hash,
@@ -310,15 +376,18 @@ class Pipeline:
 
     def live_source(self) -> Source:
         """Activations computed as training goes."""
-        config = self.config
-        statistics = measure_statistics(
-            self.model, self.train_blocks, config.hook_name, config.rule, progress=self.progress
-        )
+        config, model, blocks = self.config, self.model, self.train_blocks
+        statistics = {
+            hook_name: measure_statistics(model, blocks, hook_name, config.rule, progress=self.progress)
+            for hook_name in self.config.hook_names
+        }
+        exclusions = {hook_name: found.exclusion for hook_name, found in statistics.items()}
         batches = ActivationStream.live(
-            self.model,
-            self.train_blocks,
+            model,
+            blocks,
             config.hook_name,
-            statistics.exclusion,
+            exclusions.pop(config.hook_name),
+            also=exclusions,
             batch_size=config.resolved_batch_tokens(),
             n_batches=config.n_steps(),
             seed=config.order_seed,
@@ -327,8 +396,10 @@ class Pipeline:
         return self._source(batches, statistics)
 
     def stored_source(self, held: HookActivations) -> Source:
-        """Activations read from a store."""
+        """Activations read from a store; ``held`` are those at ``hook_name``."""
         config = self.config
+        also = _also(config, held.store)
+        statistics = {each.hook_name: each.statistics for each in (held, *also)}
         settings: dict[str, Any] = {
             "batch_size": config.resolved_batch_tokens(),
             "n_batches": config.n_steps(),
@@ -336,14 +407,25 @@ class Pipeline:
             "device": self.model.device,
         }
         if config.order == "exact":
-            return self._source(StoreStream.exact(held, **settings), held.statistics)
-        copy = held.folder / SHUFFLED / f"{config.hook_name}-{config.order_seed}"
-        batches = StoreStream.external(held, copy, progress=self.progress, **settings)
-        return self._source(batches, held.statistics)
+            return self._source(StoreStream.exact(held, also=also, **settings), statistics)
+        copy, *copies = (
+            held.folder / SHUFFLED / f"{hook_name}-{config.order_seed}" for hook_name in statistics
+        )
+        pairs = list(zip(also, copies, strict=True))
+        batches = StoreStream.external(held, copy, also=pairs, progress=self.progress, **settings)
+        return self._source(batches, statistics)
 
-    def _source(self, batches: ActivationStream | StoreStream, statistics: Statistics) -> Source:
-        scaling = Scaling(statistics.mean.to(self.model.device), statistics.scale)
-        return Source(batches, scaling, statistics.exclusion)
+    def _source(
+        self, batches: ActivationStream | StoreStream, statistics: Mapping[str, Statistics]
+    ) -> Source:
+        read, written = statistics[self.config.hook_name], statistics.get(self.config.hook_out or "")
+        device = self.model.device
+        scaling = Scaling(read.mean.to(device), read.scale)
+        if written is not None:
+            scaling = replace(scaling, mean_out=written.mean.to(device), scale_out=written.scale)
+        return Source(
+            batches, scaling, {hook_name: found.exclusion for hook_name, found in statistics.items()}
+        )
 
     def sae(self) -> SparseAutoencoder:
         """The trained SAE, from the run folder, on the model's device."""
@@ -433,6 +515,15 @@ class Pipeline:
             shutil.rmtree(self.run.activations)
 
 
+def _also(config: TrainConfig, store: ActivationStore) -> list[HookActivations]:
+    """The activations that a transcoder predicts; none for an SAE.
+
+    Raises:
+        InputError: the store does not hold them.
+    """
+    return [] if config.hook_out is None else [store.at(config.hook_out)]
+
+
 def _as_captured(config: TrainConfig, store: ActivationStore, as_before: bool) -> TrainConfig:
     """The configuration with everything that the store decides, which it may not contradict.
 
@@ -466,9 +557,7 @@ def _as_captured(config: TrainConfig, store: ActivationStore, as_before: bool) -
 def _as_inputs(config: TrainConfig) -> dict[str, Any]:
     """What training depends on: the configuration with its defaults worked out."""
     worked_out = replace(
-        config,
-        batch_tokens=config.resolved_batch_tokens(),
-        learning_rate=config.resolved_learning_rate(),
+        config.resolved(),
         store=None,  # known by what it holds, wherever it lies
         order="exact",  # the other order gives the same batches
     )
@@ -482,6 +571,7 @@ def run_pipeline(
     sizes: Sizes | None = None,
     store_activations: bool = False,
     model: LanguageModel | None = None,
+    replace_other: bool = False,
     progress: Progress = silent,
     announce: Callable[[str], None] = lambda stage: None,
 ) -> Pipeline:
@@ -490,7 +580,13 @@ def run_pipeline(
     Arguments and errors as for :class:`Pipeline`.
     """
     pipeline = Pipeline(
-        folder, config, sizes=sizes, store_activations=store_activations, model=model, progress=progress
+        folder,
+        config,
+        sizes=sizes,
+        store_activations=store_activations,
+        model=model,
+        replace_other=replace_other,
+        progress=progress,
     )
     pipeline.start()
     announce("train")

@@ -170,7 +170,7 @@ def _describe_run(path: Path) -> None:
         ["", ""],
         [
             ["model", config.model],
-            ["hook", config.hook_name],
+            ["hook", " → ".join(config.hook_names)],
             ["SAE", shape],
             [
                 "training tokens",

@@ -13,7 +13,7 @@ from app.explorer.explorer_style import Card, cards_html, number, part, percent,
 from features.labels import Label
 from features.run import Run
 
-CONTROL_NAMES = {"principal_components": "PCA", "random_weights": "random SAE"}
+CONTROL_NAMES = {"principal_components": "PCA", "reduced_rank": "linear map", "random_weights": "random SAE"}
 STRENGTHS = {"largest": "max", "mean": "mean"}
 
 
@@ -32,7 +32,7 @@ def _heading(run: Run) -> str:
     kind = f"TopK, k = {sae.k}" if sae.architecture == "topk" else sae.architecture
     passes = f" read {run.config.passes} times" if run.config.passes > 1 else ""
     facts = (
-        f"{sae.d_sae:,} features ({kind}) of {run.config.model} at {run.config.hook_name}, trained on"
+        f"{sae.d_sae:,} features ({kind}) of {run.config.model} at {' → '.join(run.config.hook_names)}, trained on"
         f" {run.config.resolved_tokens():,} tokens{passes}, indexed on {run.index.n_tokens:,}"
     )
     return f'<h1 class="page">{escape(run.name)}</h1><p class="faint">{escape(facts)}</p>'
