@@ -157,7 +157,7 @@ def error_and_dots(
     dots = torch.empty_like(values)
     if error.numel():
         height = padded(k)
-        columns = min(padded(d), _COLUMNS, _TILE // height)
+        columns = columns_of(d, height)
         _error_and_dots[(n,)](
             values.contiguous(),
             pattern.indices.contiguous(),
@@ -173,6 +173,11 @@ def error_and_dots(
             num_warps=warps(height * columns),
         )
     return error, dots
+
+
+def columns_of(d: int, height: int) -> int:
+    """Width of the blocks of columns in which ``height`` rows are held at once."""
+    return min(padded(d), _COLUMNS, _TILE // height)
 
 
 def gather_sum(values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:

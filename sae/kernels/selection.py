@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae.kernels.launch import padded, warps
 
-_LONGEST = 16_384  # keys of one program: 32 registers in each of 512 threads
+_LONGEST = 8_192  # keys of one program: 16 in each of 512 threads
 _ONE_ROUND = 2_048  # so many keys are selected from at once: a tournament would not make them fewer by much
 _TILE = 4_096  # numbers that one program takes the maxima of
 
