@@ -11,6 +11,7 @@ class TritonKernels:
 
     def topk(self, tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See :func:`sae.kernels.selection.topk`; what that does not take is left to ``torch.topk``."""
+        k = min(k, tile.shape[1])
         if selection.supported(tile, k):
             return selection.topk(tile, k)
         return tile.topk(k, dim=1, sorted=False)
