@@ -22,6 +22,7 @@ from sae.model import SparseAutoencoder
 
 FIXTURE = Path(__file__).parent / "fixtures" / "saelens"
 NAMES = sorted(path.parent.name for path in FIXTURE.glob("*/cfg.json"))
+FINISHED = [name for name in NAMES if not name.startswith(("old_", "checkpoint"))]
 
 
 def random_sae(
@@ -43,7 +44,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_the_fixture_is_complete() -> None:
-    assert NAMES == ["standard", "standard_uncentred", "topk_exported", "topk_plain", "topk_rescaled"]
+    assert len(NAMES) == len(list(FIXTURE.glob("*/expected.safetensors"))) == 20
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,14 +53,41 @@ def test_reads_what_saelens_wrote(name: str) -> None:
     expected = load_file(FIXTURE / name / "expected.safetensors")
     sae = SparseAutoencoder.load(FIXTURE / name)
     codes = sae.encode(expected["x"])
-    close(codes.to_dense(), expected["codes"])
-    close(sae.decode(codes), expected["reconstruction"])
+    close(codes.to_dense() / units(sae, expected["x"]), expected["codes"])
+    close(sae.decode(codes, expected["x"]), expected["reconstruction"])
     close(sae(expected["x"]), expected["reconstruction"])
     assert (sae.d_in, sae.d_sae) == (8, 24)
     assert sae.hook_name == "blocks.1.hook_resid_post"
     assert sae.metadata["model_name"] == "gpt2"
-    if name.startswith("topk"):
+    assert sae.metadata["context_size"] == 128
+    if "topk" in name and "batch" not in name:
         assert (codes.l0(), sae.config.k) == (4.0, 4)
+    if "transcoder" in name:
+        assert (sae.d_out, sae.hook_out) == (6, "blocks.2.hook_resid_post")
+
+
+def units(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """Ours of the activations over SAELens', which has them in the units of what it encodes."""
+    if sae.normalisation == "layer_norm":
+        return x.std(dim=1, keepdim=True)
+    return x.norm(dim=1, keepdim=True) / 8**0.5 if sae.normalisation else torch.ones(len(x), 1)
+
+
+def test_nothing_of_the_old_layout_is_lost() -> None:
+    """Before 6.0 it lay beside what says how the SAE computes; SAELens keeps some of it."""
+    metadata = SparseAutoencoder.load(FIXTURE / "old_standard").metadata
+    assert metadata["hook_layer"] == 1
+    assert metadata["dataset_path"] == "some/dataset"
+    assert metadata["activation_fn"] == "relu"
+    assert "d_in" not in metadata
+
+
+def test_a_checkpoint_has_the_threshold_it_had_reached() -> None:
+    """``topk_threshold`` 0.6 for inputs times 2.5: 0.24 in the units of the activations."""
+    sae = SparseAutoencoder.load(FIXTURE / "checkpoint")
+    assert sae.weights.threshold is not None
+    close(sae.weights.threshold, torch.full((24,), 0.6 / 2.5))
+    close(sae.W_dec.norm(dim=1), torch.ones(24))
 
 
 def test_a_decoder_of_any_norm_is_read_as_unit_rows() -> None:
@@ -75,9 +103,33 @@ def test_saving_a_foreign_sae_keeps_its_function(name: str, tmp_path: Path) -> N
     sae = SparseAutoencoder.load(FIXTURE / name)
     sae.save(tmp_path / "sae")
     again = SparseAutoencoder.load(tmp_path / "sae")
-    close(again.encode(expected["x"]).to_dense(), expected["codes"])
+    close(again.encode(expected["x"]).to_dense() / units(sae, expected["x"]), expected["codes"])
     close(again(expected["x"]), expected["reconstruction"])
-    assert again.metadata == sae.metadata
+    assert again.metadata == {**sae.metadata, "sae_lens_version": "6.54.12"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FINISHED if "uncentred" not in name and name != "topk_rescaled"]
+)
+def test_what_needs_no_folding_is_written_as_it_was(name: str, tmp_path: Path) -> None:
+    SparseAutoencoder.load(FIXTURE / name).save(tmp_path / "sae")
+    before, after = (
+        load_file(folder / "sae_weights.safetensors") for folder in (FIXTURE / name, tmp_path / "sae")
+    )
+    assert before.keys() == after.keys()
+    for tensor in before:
+        assert torch.equal(before[tensor], after[tensor]), tensor
+    configs = [json.loads((folder / "cfg.json").read_text()) for folder in (FIXTURE / name, tmp_path / "sae")]
+    for key in (
+        "architecture",
+        "d_in",
+        "d_sae",
+        "d_out",
+        "k",
+        "apply_b_dec_to_input",
+        "normalize_activations",
+    ):
+        assert configs[0].get(key) == configs[1].get(key), key
 
 
 @settings(max_examples=25, deadline=None)
