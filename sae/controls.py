@@ -164,7 +164,7 @@ def random_weights(sae: SparseAutoencoder, reference: Tensor, l0: float, seed: i
 
     def with_threshold(threshold: float) -> SparseAutoencoder:
         b_enc = -threshold - centring
-        return SparseAutoencoder(config, replace(weights, b_enc=b_enc, b_dec=mean_out), sae.metadata)
+        return SparseAutoencoder(config, replace(weights, b_enc=b_enc, b_dec=mean_out), {})
 
     control = with_threshold(0.0)
     if _mean_l0(control, x) > (1 + L0_TOLERANCE) * l0:
@@ -179,7 +179,7 @@ def random_weights(sae: SparseAutoencoder, reference: Tensor, l0: float, seed: i
                 high = threshold
     estimate = control(x) - mean_out
     scale = ((y - mean_out) * estimate).sum() / estimate.square().sum().clamp_min(1e-30)
-    return SparseAutoencoder(config, replace(control.weights, W_dec=weights.W_dec * scale), sae.metadata)
+    return SparseAutoencoder(config, replace(control.weights, W_dec=weights.W_dec * scale), {})
 
 
 def mean_activation(reference: Tensor) -> Tensor:

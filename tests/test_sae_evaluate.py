@@ -19,6 +19,7 @@ from activations.models import LanguageModel
 from activations.packing import Packer, TokenDocument
 from activations.replay import Replay
 from sae.architectures.base import Weights
+from sae.architectures.registry import architecture_from
 from sae.bootstrap import DocumentSums, Estimator, PartialSums
 from sae.config import SAEConfig
 from sae.controls import PrincipalComponents, control_autoencoders, reference_activations
@@ -481,6 +482,30 @@ def test_controls_have_the_l0_of_the_sae_and_are_centred(architecture):
     assert float(((centred - estimate) * estimate).sum()) == pytest.approx(
         0, abs=1e-6 * float(centred.norm() ** 2)
     )
+
+
+@pytest.mark.parametrize("normalisation", [None, "layer_norm"])
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "gated", "batch_topk", "matryoshka"])
+def test_there_is_a_random_control_for_every_architecture(architecture, normalisation):
+    """As training finishes it; the control has about its L0, whatever decides which features fire."""
+    config = SAEConfig(architecture=architecture, d_sae=D_SAE, k=K)
+    kind = architecture_from(config)
+    initial = kind.initial_weights(D_IN, D_IN, torch.Generator().manual_seed(0)).tensors()
+    centre = {} if normalisation else {"b_dec": reference().mean(0)}
+    initial = Weights(**{name: tensor.double() for name, tensor in {**initial, **centre}.items()})
+    config, weights = kind.finished(initial, kind.initial_state())
+    if architecture != "topk":
+        size = 1.0 if normalisation else float((reference() - reference().mean(0)).norm(dim=1).mean())
+        weights.b_enc.sub_(0.25 * size * weights.encoder_rows.norm(dim=1))
+    sae = SparseAutoencoder(config, weights, {"hook_name": HOOK, "normalize_activations": normalisation})
+    l0 = sae.encode(reference()).l0()
+    assert 1 < l0 < D_SAE / 2
+    control = control_autoencoders(sae, reference(), seed=0)["random_weights"]
+    assert control.encode(reference()).l0() == pytest.approx(l0, rel=0.02)
+    centred, estimate = reference() - reference().mean(0), control(reference()) - reference().mean(0)
+    assert 0 < float((centred * estimate).sum()) == pytest.approx(float(estimate.square().sum()), rel=1e-6)
+    result = evaluate(model(), sae, make_blocks(), reference=reference())
+    assert result.controls["random_weights"]["l0"] == pytest.approx(result.l0, rel=0.2)
 
 
 def test_principal_components_reconstruct_best_of_all_k_dimensional_subspaces():
