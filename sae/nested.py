@@ -17,6 +17,7 @@ are rows of their own: one decoding gives ``[n, levels, d_out]``, and sums along
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,15 +86,13 @@ def _bands(pattern: Pattern, widths: tuple[int, ...]) -> list[_Band]:
     """The entries of a ragged pattern, shared out; on the CPU."""
     assert pattern.row_offsets is not None
     bands = []
-    before = torch.zeros(len(pattern.indices) + 1, dtype=torch.int64)
-    transposed = pattern.transposed
+    features, transposed = pattern.indices.numpy(), pattern.transposed
     for low, high in zip((0, *widths), widths, strict=False):
-        mine = (pattern.indices >= low) & (pattern.indices < high)
-        torch.cumsum(mine, 0, out=before[1:])
-        places = mine.nonzero().flatten()
-        own = Pattern(pattern.d_sae, pattern.indices[places], before[pattern.row_offsets])
+        places = torch.from_numpy(np.flatnonzero((features >= low) & (features < high)))
+        offsets = torch.searchsorted(places, pattern.row_offsets)
+        own = Pattern(pattern.d_sae, pattern.indices[places], offsets)
         counts = transposed.counts[low:high]
-        start = int(transposed.counts[:low].sum())
+        start = int(transposed.offsets[low])
         span = slice(start, start + len(places))
         grouped = Transposed(
             transposed.order[span], transposed.rows[span], transposed.offsets[low:high] - start, counts
