@@ -91,6 +91,11 @@ class HookedModel(ABC):
         floating = (p.dtype for p in self._any_model.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of all weights."""
+        return sum(p.nbytes for p in self._any_model.parameters())
+
     @cached_property
     def hash(self) -> str:
         """sha256 over the weights and over what else decides the activations.

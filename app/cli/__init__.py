@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 
 VERBS = {
     "demo": "the whole road on the bundled model: train, evaluate, index, label, steer",
@@ -14,9 +16,12 @@ VERBS = {
     "index": "find out what makes each feature fire, and give it a first label",
     "steer": "write text with a feature turned up or down",
     "explore": "browse, label and steer features in the web browser",
+    "convert": "an SAE from elsewhere into our format, or ours into another's",
+    "push": "upload an SAE to the Hugging Face hub",
     "info": "what a run holds, or where a model can be read",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+TERMINATED = 143  # 128 + SIGTERM
 
 
 def _usage() -> str:
@@ -30,7 +35,7 @@ def _usage() -> str:
 def main() -> None:
     """Run the verb that was typed.
 
-    Exit status: 0; 2 after one sentence about bad input; 130 when interrupted.
+    Exit status: 0; 2 after one sentence about bad input; 130 when interrupted, 143 when terminated.
     """
     # Threads that wait for each other should sleep: on a machine shared with others, spinning halves the speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,8 +49,13 @@ def main() -> None:
 
         print(f"saescope {version('saescope')}")
         return
-    from activations.errors import InputError
+    from activations.errors import InputError, Terminated
 
+    def terminate(*about: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
     try:
         if verb not in VERBS:
             raise InputError(f"sae has no verb {verb!r}: it knows {', '.join(VERBS)}.")
@@ -60,6 +70,8 @@ def main() -> None:
             raise
         print("sae: The disk is full: free some space and run the same command again.", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues where this one stopped.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        what = "Terminated" if terminated else "Interrupted"
+        print(f"\n{what}. The same command continues where this one stopped.", file=sys.stderr)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         passes=given.passes,
         seed=given.seed,
     )
-    pipeline = Pipeline(given.out, config, store_activations=True, progress=progress)
+    pipeline = Pipeline(given.out, config, store_activations=True, replace_other=True, progress=progress)
     stage(f"1/6  Reading the Python sources of this machine, {given.tokens:,} tokens")
     pipeline.start()
     _print_corpus(pipeline)

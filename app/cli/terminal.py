@@ -29,23 +29,31 @@ class _Rate(ProgressColumn):
 def progress(description: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line now and then elsewhere (:class:`activations.progress.Progress`)."""
     if not console.is_terminal:
-        with _plain_lines(description, total, unit) as step:
+        with plain_lines(description, total, unit) as step:
             yield step
         return
-    columns = (
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total, unit=unit)
+        yield lambda done: bar.advance(task, done)
+
+
+def progress_bar() -> Progress:
+    """A bar with a rate and the time left; its tasks have a field ``unit``."""
+    return Progress(
         TextColumn("  {task.description:<10}"),
         BarColumn(bar_width=32),
         TextColumn("{task.percentage:>3.0f}%"),
         _Rate(),
         TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total, unit=unit)
-        yield lambda done: bar.advance(task, done)
 
 
 @contextmanager
-def _plain_lines(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def plain_lines(
+    description: str, total: int, unit: str, note: Callable[[], str] = lambda: ""
+) -> Iterator[Callable[[int], None]]:
+    """A line now and then; ``note`` is asked what to add to it."""
     begun = last = time.monotonic()
     done = 0
 
@@ -53,7 +61,7 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Callable[[
         rate = done / max(elapsed, 1e-9)
         left = f", {max(total - done, 0) / rate:,.0f} s left" if done < total and rate else ""
         console.print(
-            f"  {description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}", soft_wrap=True
+            f"  {description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s{left}{note()}", soft_wrap=True
         )
 
     def step(n: int) -> None:

@@ -3,36 +3,49 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from app.cli.arguments import parse
 from sae.config import TrainConfig
 
+if TYPE_CHECKING:
+    from features.pipeline import Pipeline
+
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train a sparse autoencoder on the activations of a model, and measure it on held-out text."""
+    """Train a sparse autoencoder on the activations of a model, and measure it on held-out text.
+
+    Run again to continue. Ctrl-C and SIGTERM save a checkpoint first.
+    """
 
     out: Path
     """The run folder to make, or to continue."""
     train: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
         default_factory=TrainConfig
     )
+    dry_run: bool = False
+    """Measure a few steps, say what time, memory and disk the training takes, and write nothing."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "train", arguments)
+    from app.cli.live import TrainingView
     from app.cli.report import print_evaluation
-    from app.cli.terminal import console, progress, stage
+    from app.cli.terminal import console, stage
     from features.pipeline import Pipeline
 
-    pipeline = Pipeline(given.out, given.train, progress=progress)
+    view = TrainingView()
+    pipeline = Pipeline(given.out, given.train, progress=view.progress)
+    if given.dry_run:
+        _print_forecast(pipeline)
+        return
     pipeline.start()
     config = pipeline.config
-    stage(f"Training on {config.tokens_read():,} tokens at {config.hook_name} of {config.model}")
+    stage(f"Training on {config.tokens_read():,} tokens at {' → '.join(config.hook_names)} of {config.model}")
     store = pipeline.store
     if store is not None and not store.store.complete:
         console.print(f"  {store.folder} is unfinished: training reads what is there.", soft_wrap=True)
@@ -51,7 +64,30 @@ def main(arguments: Sequence[str]) -> None:
             f"  {'The corpus' if store is None else 'The store'} holds {available:,} training tokens: it is read"
             f" {config.tokens_read() / available:.1f} times over."
         )
-    sae = pipeline.train()
+    sae = pipeline.train(view.watch)
     stage("Evaluating on the test split")
     print_evaluation(pipeline.evaluate(sae))
     console.print(f"\nThe SAE is in {pipeline.run.sae}. Next: sae index {given.out}", soft_wrap=True)
+
+
+def _print_forecast(pipeline: "Pipeline") -> None:
+    from app.cli.terminal import stage, table
+    from features.forecast import forecast
+
+    found = forecast(pipeline)
+    stage("Nothing is written. The training would take about")
+    minutes = found.seconds / 60
+    rows = [
+        ["time", f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"],
+        [
+            "  steps",
+            f"{found.n_steps:,} of {found.batch_tokens:,} tokens, {found.step_seconds * 1e3:,.1f} ms each",
+        ],
+        ["  language model", f"{found.capture_seconds / 60:,.1f} minutes"],
+        [
+            "memory",
+            f"{found.memory / 1e6:,.0f} MB, and {found.model_memory / 1e6:,.0f} MB for the language model",
+        ],
+        ["disk", f"{found.disk / 1e6:,.0f} MB of {found.free / 1e6:,.0f} MB free"],
+    ]
+    table(["", ""], rows)
