@@ -63,10 +63,8 @@ class Pattern:
         """The same entries grouped by feature; built once, then shared by everything that sums over features."""
         flat = self.indices.flatten()
         order = _grouped(flat, self.d_sae)
-        if self.row_offsets is None:
-            rows = order // self.indices.shape[1]
-        else:
-            rows = self.rows().index_select(0, order)
+        fixed = self.row_offsets is None
+        rows = order // self.indices.shape[1] if fixed else self.rows().index_select(0, order)
         counts = torch.bincount(flat, minlength=self.d_sae)
         return Transposed(order.long(), rows.long(), counts.cumsum(0) - counts, counts)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from sae.architectures.base import Loss, Moment, Weights
 from sae.architectures.registry import architecture_from
@@ -15,7 +16,9 @@ from sae.config import TrainConfig
 from sae.constraints import Constraints
 from sae.dead import DeadFeatures
 from sae.ema import WeightMean
+from sae.kernels.choice import using
 from sae.median import geometric_median
+from sae.memory import keep_freed_memory
 from sae.model import SparseAutoencoder
 from sae.optimizer import make_optimizer
 from sae.resample import resample
@@ -36,11 +39,12 @@ class Trainer:
         scaling: of what is read and written; says the widths and the device.
 
     Attributes:
-        gradient_norm: of the last step that was asked to measure it (all weights, before clipping), on the device.
+        gradient_norm: of the last step that was asked to measure it (all weights, before clipping), on the device; with
+            Triton's optimiser, the decoder's radial part still belongs to it.
     """
 
     def __init__(self, config: TrainConfig, scaling: Scaling) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         self.config, self.scaling = config, scaling
         self.device = scaling.mean.device
         self.architecture = architecture_from(config.resolved_sae())
@@ -52,7 +56,8 @@ class Trainer:
             self.constraints.enforce(self.weights)
         self.architecture_state = {k: v.to(self.device) for k, v in self.architecture.initial_state().items()}
         self.learning_rate = config.resolved_learning_rate()
-        self.optimizer = make_optimizer(self.weights.tensors().values(), self.learning_rate, config.moments)
+        self._clip_norm = config.resolved_clip_norm()
+        self.optimizer, self._around_step = self._make_optimizer()
         self.mean = WeightMean(self.weights, config.ema) if config.ema else None
         self.gradient_norm = torch.zeros((), device=self.device)
         self.n_steps = config.n_steps()
@@ -61,7 +66,6 @@ class Trainer:
         window = min(DEAD_WINDOW_TOKENS, max(config.tokens_read() // 5, 1))
         self.dead = DeadFeatures(config.sae.d_sae, window, self.n_steps, self.device)
         self._warmup, self._decay = config.resolved_warmup(), config.resolved_decay()
-        self._clip_norm = config.resolved_clip_norm()
         self._resample_steps = _in_steps(config.resample_every, config.resolved_batch_tokens())
         # to resample with: what the weights of shape [d_sae] begin with
         self._initial = {
@@ -69,6 +73,17 @@ class Trainer:
             for name, value in initial.items()
             if value.shape == (config.sae.d_sae,) and self._resample_steps is not None
         }
+
+    def _make_optimizer(self) -> tuple[Optimizer, Constraints]:
+        """The optimiser, and which constraints are left to be kept around its steps."""
+        config, parameters = self.config, self.weights.tensors().values()
+        if config.kernels == "torch" or config.moments != "float32" or config.sae.aligned or self._clip_norm:
+            return make_optimizer(parameters, self.learning_rate, config.moments), self.constraints
+        from sae.kernels.adam_rows import RowAdam
+
+        unit = self.weights.W_dec if self.constraints.unit_decoder else None
+        left = Constraints(unit_decoder=False, aligned=False)
+        return RowAdam(parameters, self.learning_rate, unit=unit), left
 
     def step(self, x: Tensor, y: Tensor, *, measure: bool = False) -> Loss:
         """One optimiser step on a batch as :meth:`sae.scaling.Scaling.apply` gave it; leaves x and y as they are.
@@ -83,12 +98,13 @@ class Trainer:
             group["lr"] = self.learning_rate_at(self.steps_done)
         done = self.steps_done / self.n_steps
         moment = Moment(done, self.dead.at(self.steps_done), self.architecture_state)
-        loss = self.architecture.loss(self.weights, x, y, moment)
+        with using(self.config.kernels):
+            loss = self.architecture.loss(self.weights, x, y, moment)
         loss.total.backward()
-        self.constraints.project(self.weights)
+        self._around_step.project(self.weights)
         self._clip(measure)
         self.optimizer.step()
-        self.constraints.enforce(self.weights)
+        self._around_step.enforce(self.weights)
         self.optimizer.zero_grad(set_to_none=True)
         self.dead.update(loss.fired, len(x))
         self.architecture_state = loss.state
@@ -187,13 +203,3 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _in_steps(tokens: int | None, batch_tokens: int) -> int | None:
     return None if tokens is None else max(round(tokens / batch_tokens), 1)
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep the memory that a step frees for the next step.
-
-    glibc returns large freed blocks to the system, and every step would fault its gradients in again page by page
-    (5% of its time). Freeing a block just below 32 MiB moves that threshold to its upper limit (mallopt(3),
-    M_MMAP_THRESHOLD); with other C libraries nothing changes.
-    """
-    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
