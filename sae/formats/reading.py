@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -39,15 +40,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
+    corrupt = InputError(f"{path} is corrupt: it is not a readable torch file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with warnings.catch_warnings(action="ignore"):  # torch's about pickles of other protocols
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise corrupt from None
         raise InputError(
             f"{path} is refused: it is a pickle that asks for more than tensors and plain values, and reading it could"
             " run code; ask its author for safetensors."
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, OSError, AttributeError, IndexError):
-        raise InputError(f"{path} is corrupt: it is not a readable torch file.") from None
+    except Exception:  # a damaged pickle can make its reader stumble over anything
+        raise corrupt from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds no SAE: its content is not a dictionary of tensors.")
     return dict(content)
