@@ -220,6 +220,8 @@ class TrainConfig:
     """Decay per step of an exponential mean of the weights, which then is the trained SAE; 0 for none (2406.04093)."""
     resample_every: int | None = None
     """Tokens between two resamplings of dead features (Bricken et al. 2023); by default they are not resampled."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """What computes the sparse part of a step: PyTorch's operators, or Triton kernels (CUDA only; not timed yet)."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl; tensorboard writes into the run folder."""
     seed: int = 0
@@ -256,6 +258,11 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, and must be at least 1.")
         self._check_optimiser()
+        if self.kernels != "torch":
+            from activations.loading import resolve_device
+            from sae.kernels.choice import check_available  # imports torch, which this module does not
+
+            check_available(self.kernels, resolve_device(self.device))
         if self.order == "external" and self.store is None:
             raise InputError("order 'external' is for a store of activations: give --store, or leave it out.")
         if self.buffer_tokens is not None and self.store is not None:

@@ -3,6 +3,8 @@
 With ``TRITON_INTERPRET=1`` on the CPU, without it on a GPU; compared with dense float64.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +15,12 @@ from sae import sparse
 from sae.architectures.base import Moment, Weights
 from sae.architectures.topk import TopK
 from sae.codes import Pattern, SparseCodes
-from sae.config import SAEConfig
+from sae.config import SAEConfig, TrainConfig
 from sae.kernels import adam_rows, choice, decoding, grouped, selection
 from sae.kernels.dense import DenseKernels
 from sae.kernels.triton_kernels import TritonKernels
+from sae.scaling import Scaling
+from sae.trainer import Trainer
 
 DEVICE = "cpu" if choice.interpreted() else "cuda"
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
@@ -250,3 +254,36 @@ def test_kernels_serve_only_where_they_were_asked_for() -> None:
         assert isinstance(choice.selecting(), TritonKernels)
     assert choice.selecting() is None
     assert sparse.TORCH.topk(table, 2)[0].shape == (20, 2)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_run_with_kernels_follows_a_run_without(unit: bool) -> None:
+    """Four steps, the last two with dead features; to the precision of float32."""
+    x = random(6, 10) * 2
+    config = TrainConfig(
+        tokens=600,
+        batch_tokens=6,
+        learning_rate=0.01,
+        kernels="triton",
+        sae=SAEConfig(d_sae=24, k=3, unit_decoder=unit),
+    )
+    trainers = [
+        Trainer(chosen, Scaling(torch.zeros(10, device=DEVICE), 1.0))
+        for chosen in (config, replace(config, kernels="torch"))
+    ]
+    for trainer in trainers:
+        for step in range(4):
+            if step == 2:
+                trainer.dead.silent_tokens[:8] = trainer.dead.window + 1
+                trainer.dead.refresh()
+            trainer.step(x, x, measure=step % 2 == 1)
+    ours, theirs = trainers
+    assert isinstance(ours.optimizer, adam_rows.RowAdam)
+    for name, tensor in ours.weights.tensors().items():
+        close(tensor.detach(), getattr(theirs.weights, name).detach(), 1e-5)
+    assert torch.equal(ours.dead.silent_tokens, theirs.dead.silent_tokens)
+    tensors, plain = ours.state()
+    theirs.load_state(tensors, plain)  # a checkpoint of either serves both
+    for trainer in trainers:
+        trainer.step(x, x)
+    close(ours.weights.W_dec.detach(), theirs.weights.W_dec.detach(), 1e-6)

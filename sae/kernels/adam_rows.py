@@ -24,8 +24,6 @@ from torch.optim import Optimizer
 
 from sae.kernels.launch import padded, warps
 
-LONGEST_ROW = 16_384
-
 
 @triton.jit
 def _adam_rows(
@@ -78,7 +76,7 @@ def adam_rows(
     """Advance ``rows`` and the moments by one step, in place.
 
     Args:
-        rows: ``[d_sae, d]``, contiguous like the other three; d at most :data:`LONGEST_ROW`.
+        rows: ``[d_sae, d]``, contiguous like the other three.
         gradient: its gradient, left as it is. mean, square: Adam's moments.
         step: counts from 1. unit: rows have norm 1, and keep it.
     """
