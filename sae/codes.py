@@ -65,7 +65,7 @@ class Pattern:
         order = _grouped(flat, self.d_sae)
         fixed = self.row_offsets is None
         rows = order // self.indices.shape[1] if fixed else self.rows().index_select(0, order)
-        counts = torch.bincount(flat, minlength=self.d_sae)
+        counts = _counts(flat, order, self.d_sae)
         return Transposed(order.long(), rows.long(), counts.cumsum(0) - counts, counts)
 
 
@@ -81,6 +81,15 @@ def _grouped(features: Tensor, d_sae: int) -> Tensor:
     keys = features.bitwise_left_shift(bits).bitwise_or_(places)
     keys.numpy().view(np.uint32).sort()
     return keys.bitwise_and_((1 << bits) - 1)
+
+
+def _counts(features: Tensor, order: Tensor, d_sae: int) -> Tensor:
+    """How many entries each feature has, int64 ``[d_sae]``; ``order`` groups the entries by feature."""
+    if features.device.type == "cpu":
+        return torch.bincount(features, minlength=d_sae)
+    # bincount asks the device for the largest feature, and waits.
+    bounds = torch.arange(d_sae + 1, dtype=features.dtype, device=features.device)
+    return torch.searchsorted(features[order], bounds).diff()
 
 
 @dataclass(frozen=True)

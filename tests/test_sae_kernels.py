@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from activations.errors import InputError
+from sae.config import ArchitectureName, SAEConfig, TrainConfig
 from sae.kernels.choice import check_available, dense_is_faster
+from sae.scaling import Scaling
+from sae.trainer import Trainer
 
 TESTS = Path(__file__).parent
 
@@ -43,10 +47,34 @@ def test_kernels_on_a_gpu() -> None:
     run_checks("kernel_checks.py", TRITON_INTERPRET="0")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+def test_a_step_does_not_wait_for_the_device(
+    architecture: ArchitectureName, kernels: Literal["torch", "triton"]
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    sae = SAEConfig(architecture=architecture, d_sae=4096, k=8)
+    config = TrainConfig(tokens=256_000, batch_tokens=256, kernels=kernels, sae=sae)
+    trainer = Trainer(config, Scaling(torch.zeros(64, device="cuda"), 1.0))
+    x = torch.randn(256, 64, device="cuda")
+    trainer.step(x, x)  # which compiles the kernels
+    trainer.dead.silent_tokens[:100] = trainer.dead.window + 1
+    trainer.dead.refresh()
+    trainer.step(x, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):  # between two refreshes of the list of dead features
+            trainer.step(x, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_triton_on_a_cpu_is_refused_in_one_sentence() -> None:
-    check_available("torch", torch.device("cpu"))
+    TrainConfig(device="cpu").check()
     with pytest.raises(InputError) as refused:
-        check_available("triton", torch.device("cpu"))
+        TrainConfig(device="cpu", kernels="triton").check()
     assert str(refused.value) == (
         "kernels is triton, which needs a CUDA device, and this run is on cpu: take kernels torch."
     )
