@@ -32,14 +32,35 @@ def open_run(path: str | Path, *, model: "LanguageModel | None" = None, device: 
     """Open a run folder. Nothing heavy happens until a part is asked for; labels and index need no torch.
 
     Args:
+        path: a run folder; or an SAE alone, of any format (:meth:`SparseAutoencoder.load`) and from the hub as well
+            (``hf:org/repo/path``), which is loaded at once: such a run has model, SAE, traces and steering in the unit
+            "activation", and neither metrics nor index.
         model: a loaded model, for a run that was made with one; by default the run's model is loaded by its name.
         device: where model and SAE go; None takes the CUDA device if there is one, else the CPU.
 
     Raises:
-        InputError: the folder is no run, or its ``run.toml`` is broken or newer than this version.
+        InputError: the folder is no run and holds no SAE, or its ``run.toml`` is broken or newer than this version.
     """
-    path = Path(path)
-    return Run(RunFolder(path), read_run_config(path), model, device)
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        from sae.formats.detect import holds_sae
+        from sae.model import SparseAutoencoder
+
+        if holds_sae(path):
+            sae = SparseAutoencoder.load(path)
+            return Run(folder, _config_of(sae), model, device, sae)
+    return Run(folder, read_run_config(folder.path), model, device)
+
+
+def _config_of(sae: "SparseAutoencoder") -> TrainConfig:
+    """What an SAE from elsewhere says of how it was made."""
+    said = sae.metadata
+    return TrainConfig(
+        model=str(said.get("model_name") or ""),
+        hook_name=str(said.get("hook_name") or ""),
+        hook_out=said.get("hook_name_out"),
+        sae=sae.config,
+    )
 
 
 class Run:
@@ -58,10 +79,11 @@ class Run:
         config: TrainConfig,
         model: "LanguageModel | None" = None,
         device: str | None = None,
+        sae: "SparseAutoencoder | None" = None,
     ) -> None:
         self.folder = folder
         self.config = config
-        self._given_model = model
+        self._given_model, self._given_sae = model, sae
         self._device = device if model is None else str(model.device)
         self._parts: dict[str, Any] = {}
         self._lock = RLock()
@@ -153,13 +175,16 @@ class Run:
         """The edit that steers these features; see :func:`features.steering.edit_features`."""
         from features.steering import edit_features
 
-        known = [feature for feature in strengths if 0 <= feature < self.index.d_sae]
+        maxima = None
+        if unit == "max":
+            known = [feature for feature in strengths if 0 <= feature < self.index.d_sae]
+            maxima = {feature: float(self.index.max[feature]) for feature in known}
         return edit_features(
             self.sae,
             strengths,
             method=method,
             unit=unit,
-            maxima={feature: float(self.index.max[feature]) for feature in known},
+            maxima=maxima,
             residual_norm=self.residual_norm if unit == "residual" else None,
         )
 
@@ -204,7 +229,16 @@ class Run:
     def _load_model(self) -> "LanguageModel":
         from activations.job import load_model
 
+        if self._given_model is None and not self.config.model:
+            raise InputError(
+                f"{self.folder.path} does not say of which model it is: open it with that model."
+            )
         model = self._given_model or load_model(self.config, device=self._device)
+        if self._given_sae is not None:
+            from sae.model import check_belongs
+
+            check_belongs(model, self._given_sae)
+            return model
         expected = self._sae_metadata().get("model_hash")
         if expected is not None and model.hash != expected:
             raise InputError(
@@ -217,7 +251,8 @@ class Run:
         from activations.loading import resolve_device
         from sae.model import SparseAutoencoder
 
-        return SparseAutoencoder.load(self.folder.sae).to(resolve_device(self._device))
+        sae = self._given_sae or SparseAutoencoder.load(self.folder.sae)
+        return sae.to(resolve_device(self._device))
 
     def _open_labels(self) -> Labels:
         labels = Labels.open(self.folder.labels)

@@ -242,3 +242,27 @@ def test_figures_and_labels_of_another_sae_are_refused(folder: Path, tmp_path: P
     with pytest.raises(InputError) as error:
         _ = open_run(copy).evaluation
     assert str(error.value) == f"{copy / 'evaluation.json'} measures another SAE: run sae evaluate {copy}."
+
+
+def test_an_sae_alone_can_be_opened(run: Run, tmp_path: Path) -> None:
+    """Of whatever format: its model, traces and absolute strengths are there, and nothing that a run would add."""
+    from sae.formats.convert import convert
+
+    convert(run.folder.sae, tmp_path / "layers.1", "sparsify")
+    alone = open_run(tmp_path / "layers.1", model=run.model)
+    assert alone.sae.hash == run.sae.hash
+    assert (alone.config.hook_name, alone.config.sae.k) == (HOOK, 4)
+    text = "one two three"
+    assert torch.equal(alone.trace(text).codes.to_dense(), run.trace(text).codes.to_dense())
+    assert alone.edit({3: 2.0}, unit="activation").hook_name == HOOK
+    assert alone.metrics == []
+    for part in ("index", "evaluation"):
+        with pytest.raises(InputError):
+            getattr(alone, part)
+    with pytest.raises(InputError) as caught:
+        _ = open_run(tmp_path / "layers.1").model
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'layers.1'} does not say of which model it is: open it with that model."
+    )
+    assert sorted(path.name for path in (tmp_path / "layers.1").iterdir()) == ["cfg.json", "sae.safetensors"]

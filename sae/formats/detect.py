@@ -89,6 +89,15 @@ def load(name: str | Path) -> SparseAutoencoder:
     return format_of(file, content).read(file, content)
 
 
+def holds_sae(name: str | Path) -> bool:
+    """Whether there is something that :func:`load` would try: a name of the hub, or weights on disk.
+
+    Raises:
+        InputError: the folder holds several files of weights.
+    """
+    return hub.is_hub_name(str(name)) or weight_file(Path(name)) is not None
+
+
 def weight_file(path: Path) -> Path | None:
     """The file that holds the weights of the SAE at ``path``, a folder or that file; None where there is none.
 
