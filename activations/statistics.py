@@ -1,7 +1,8 @@
 """Where the activations of a hook lie: their mean and scale, and which positions count.
 
 All of it is measured on the first 100,000 tokens and then stands: more text, more processes or a store in the
-place of a live stream change neither which positions count nor what an SAE starts from.
+place of a live stream change neither which positions count nor what an SAE starts from. Every hook is measured by
+itself; where several are read side by side, a position counts that counts at each of them.
 """
 
 from collections.abc import Iterable

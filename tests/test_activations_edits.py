@@ -3,6 +3,7 @@
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,3 +232,44 @@ def test_concurrent_captures_and_edits_do_not_meet() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("hook_out", ["blocks.1.hook_mlp_out", "blocks.2.attn.hook_q"])
+def test_an_edit_can_read_another_hook_of_the_same_pass(hook_out: str) -> None:
+    """As it flows there, after the edits of that hook; at ``blocks.2.attn.hook_q`` the bridge runs the model."""
+    model, reads = tiny_language_model("llama"), "blocks.0.hook_resid_mid"
+    seen: list[Tensor] = []
+
+    def remember(x: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        seen.append(read.clone())
+        return x
+
+    edit = Edit(hook_out, remember, reads=reads)
+    with model.edited(edit):
+        model.logits(IDS)
+    with model.edited(scaled(2.0, reads), edit):
+        model.logits(IDS)
+    expected = model.capture(IDS, [reads])[reads]
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(seen[1], 2 * expected)
+
+
+def test_concurrent_passes_read_their_own() -> None:
+    model, reads = tiny_language_model("llama"), "blocks.0.hook_resid_pre"
+    edit = Edit("blocks.2.hook_mlp_out", lambda x, positions, read: read, reads=reads)
+    texts = [random_ids(2, 7, seed) for seed in range(16)]
+
+    def run(ids: Tensor) -> Tensor:
+        with model.edited(edit):
+            return model.capture(ids, ["blocks.2.hook_mlp_out"])["blocks.2.hook_mlp_out"]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(run, texts))
+    for ids, values in zip(texts, found, strict=True):
+        assert torch.equal(values, model.capture(ids, [reads])[reads])
+
+
+def test_a_hook_that_an_edit_reads_must_exist() -> None:
+    edit = Edit(HOOK, lambda x, positions, read: x, reads="blocks.0.hook_resid_md")
+    with pytest.raises(InputError, match=r"^blocks\.0\.hook_resid_md does not exist"):
+        tiny_language_model("llama").edited(edit)

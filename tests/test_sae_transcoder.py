@@ -17,10 +17,12 @@ from activations.models import LanguageModel
 from features.steering import edit_features, edit_rows
 from features.trace import mean_norm
 from sae.architectures.base import Weights
+from sae.architectures.registry import ARCHITECTURES, architecture_from
 from sae.config import SAEConfig
 from sae.controls import ReducedRank, control_autoencoders, reference_activations
 from sae.evaluate import evaluate
 from sae.model import SparseAutoencoder
+from sae.scaling import Scaling
 
 READ, WRITTEN = "blocks.0.mlp.hook_post", "blocks.1.hook_mlp_out"
 D_IN, D_OUT, D_SAE, K = 72, 32, 96, 6
@@ -106,6 +108,37 @@ def test_decoding_without_the_input_is_refused_where_there_is_a_skip_connection(
     ):
         with_skip.decode(with_skip.encode(x))
     assert transcoder(skip=True).hash != plain.hash
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "skip"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_folded_weights_are_the_same_function_of_raw_activations(architecture: Any, kind: str) -> None:
+    """What training computes on centred and scaled activations, brought back to the units of the output."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    d_out = 7 if kind == "sae" else 5
+    config = SAEConfig(
+        architecture=architecture, d_sae=40, k=3, transcoder=kind != "sae", skip=kind == "skip"
+    )
+    made = architecture_from(config)
+    initial = made.initial_weights(7, d_out, generator).tensors()
+    trained = Weights(
+        **{name: tensor.double() + 0.1 * normal(*tensor.shape) for name, tensor in initial.items()}
+    )
+    config, weights = made.finished(trained, made.initial_state())
+    scaling = Scaling(normal(7), 0.4, *(() if kind == "sae" else (normal(5), 2.5)))
+    x = 3 * normal(200, 7)
+    scaled = SparseAutoencoder(config, weights, {})
+    raw = SparseAutoencoder(config, scaling.folded(weights), {})
+    units, _ = scaling.apply(x if kind == "sae" else torch.cat([x, normal(200, 5)], dim=1))
+    mean = scaling.mean if scaling.mean_out is None else scaling.mean_out
+    factor = scaling.scale if scaling.scale_out is None else scaling.scale_out
+    assert 0 < scaled.encode(units).l0() < 40
+    torch.testing.assert_close(raw.encode(x).to_dense(), scaled.encode(units).to_dense() / factor)
+    torch.testing.assert_close(raw(x), scaled(units) / factor + mean)
 
 
 # Evaluation: the slow, obvious way, one block and one position at a time, with hooks by hand
