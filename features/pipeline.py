@@ -179,18 +179,20 @@ class Pipeline:
             for split, n_tokens in needed
             if not TokenBlocks.is_finished(self.run.tokens / split, self._token_inputs(n_tokens))
         ]
-        if beside is not None:
-            write_run_config(self.run.path, self.config)
-            for split, _ in missing:
-                link_folder(beside.run.tokens / split, self.run.tokens / split)
-            return
-        made = {split: self._made(split, n_tokens) for split, n_tokens in missing}
+        made: dict[Split, TokenBlocks] = {}
+        if beside is None:
+            made = {split: self._made(split, n_tokens) for split, n_tokens in missing}
+        else:
+            self.train_blocks = beside.train_blocks
         if not self.replace_other:
-            tokens = made["train"] if "train" in made else self.train_blocks
+            tokens = made.get("train") or self.train_blocks
             refuse_trained_otherwise(self.run.path, {**self._settings, "tokens": tokens.hash})
         write_run_config(self.run.path, self.config)
         for split, n_tokens in missing:
-            made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
+            if beside is None:
+                made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
+            else:
+                link_folder(beside.run.tokens / split, self.run.tokens / split)
 
     def share(self, other: "Pipeline") -> None:
         """Take the model and the text from another run on the same ones, so that both are loaded once."""

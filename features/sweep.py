@@ -30,7 +30,7 @@ from sae.evaluate import Evaluation, evaluate_many
 from sae.model import SparseAutoencoder
 from sae.pareto import Measured, write_pareto
 from sae.sweep import SWEEP_FILE, SweepConfig, stream_of
-from sae.train import Run, train_side_by_side
+from sae.train import Run, Watch, train_side_by_side
 
 ACTIVATIONS, RESULTS, PARETO = "activations", "sweep.json", "pareto.html"
 Group = list[str]
@@ -132,19 +132,24 @@ class Sweep:
                 run.start(beside=self._first)
         self.config.write(self.folder / SWEEP_FILE)
 
-    def train(self, announce: Callable[[Group], None] = lambda names: None) -> None:
-        """Train what is not trained yet, group after group; ``announce`` hears the names of each group.
+    def train(
+        self, announce: Callable[[Group], None] = lambda names: None, watch: Watch | None = None
+    ) -> None:
+        """Train what is not trained yet, group after group.
+
+        Args:
+            announce: hears the names of each group. watch: hears the lines of every run's ``metrics.jsonl``.
 
         An interrupted sweep goes on where it stopped, and ends in the same bits.
         """
         unfinished = [group for group in self.groups if not all(self.runs[name].is_trained for name in group)]
         for names in unfinished:
             announce(names)
-            self._train(names)
+            self._train(names, watch)
         if self._store_folder.exists() and not self.keep_activations:
             ActivationStore.open(self._store_folder).delete()
 
-    def _train(self, names: Sequence[str]) -> None:
+    def _train(self, names: Sequence[str], watch: Watch | None) -> None:
         group = [self.runs[name] for name in names]
         first = group[0]
         if first.store is not None:
@@ -157,7 +162,15 @@ class Sweep:
             Run(run.config, run.run.path, run.metadata(source.exclusions), run.training_inputs)
             for run in group
         ]
-        train_side_by_side(runs, source.batches, source.scaling, progress=self.progress)
+        train_side_by_side(
+            runs,
+            source.batches,
+            source.scaling,
+            held_out=first.held_out(source),
+            replace_other=True,  # start refused it
+            progress=self.progress,
+            watch=watch,
+        )
 
     @property
     def _store_folder(self) -> Path:

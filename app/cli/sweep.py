@@ -52,20 +52,23 @@ def main(arguments: Sequence[str]) -> None:
         config = replace(config, base=given.train)
     config = replace(config, grids=(*config.grids, *map(grid_from_words, given.grid)))
     config.expand()  # refuses settings that cannot work before anything heavy is imported
+    from app.cli.live import TrainingView
     from app.cli.report import print_sweep
-    from app.cli.terminal import console, progress, stage
+    from app.cli.terminal import console, stage
     from features.sweep import PARETO, Sweep
 
-    sweep = Sweep(given.out, config, keep_activations=given.keep_activations, progress=progress)
+    view = TrainingView()
+    sweep = Sweep(given.out, config, keep_activations=given.keep_activations, progress=view.progress)
     if given.dry_run:
         sweep.check()
         _announce(sweep)
+        _print_forecast(sweep)
         return
     sweep.start()
     _announce(sweep)
     for note in sweep.notes:
         console.print(f"  {note}", soft_wrap=True)
-    sweep.train(announce=lambda names: stage(f"Training {', '.join(names)}"))
+    sweep.train(lambda names: stage(f"Training {', '.join(names)}"), view.watch)
     stage("Evaluating on the test split")
     print_sweep(sweep.evaluate())
     console.print(
@@ -98,3 +101,19 @@ def _announce(sweep: "Sweep") -> None:
         console.print(
             f"  They read {len(sweep.groups)} different streams, one after the other, from one store."
         )
+
+
+def _print_forecast(sweep: "Sweep") -> None:
+    """Time and disk, from a few steps of each SAE and one batch of the model."""
+    from app.cli.terminal import console
+    from features.forecast import forecast
+
+    found = [forecast(run) for run in sweep.runs.values()]
+    steps = sum(each.n_steps * each.step_seconds for each in found)
+    minutes = (steps + max(each.capture_seconds for each in found)) / 60
+    disk, free = sum(each.disk for each in found), found[0].free
+    console.print(
+        f"  Nothing is written. Training would take about {minutes:,.1f} minutes, and {disk / 1e6:,.0f} MB of the"
+        f" {free / 1e6:,.0f} MB that are free.",
+        soft_wrap=True,
+    )
