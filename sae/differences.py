@@ -26,17 +26,18 @@ def refuse_other(folder: Path, manifests: list[Path], wanted: Mapping[str, Any])
     """Refuse to train into a folder whose training was begun or finished with other settings.
 
     Args:
-        folder: for the message. manifests: folders of stages whose manifests are compared; those without one are
-            passed over.
+        folder: for the message. manifests: folders of stages whose manifests are compared; those without a
+            readable one are passed over.
         wanted: the settings to compare; others in the manifests are not looked at.
 
     Raises:
         InputError: lists every setting that differs.
     """
     for stage in manifests:
-        if not (stage / MANIFEST).is_file():
-            continue
-        inputs = read_json(stage / MANIFEST).get("inputs", {})
+        try:
+            inputs = read_json(stage / MANIFEST).get("inputs", {})
+        except InputError:
+            continue  # a crash left it
         found = differences({name: inputs[name] for name in wanted if name in inputs}, wanted)
         if found:
             raise InputError(

@@ -53,6 +53,8 @@ class MetricsLog:
     def __init__(self, path: Path, tokens_done: int, sinks: Sequence[Sink] = ()) -> None:
         self.path = path
         self._sinks = sinks
+        for unfinished in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+            unfinished.unlink()
         kept = []
         if path.exists() and tokens_done:
             # A line that a full disk or a kill cut short has no end.

@@ -152,7 +152,12 @@ def train_side_by_side(
     if not replace_other:
         for run in runs:
             run.refuse_other()
-    unfinished = [run for run in runs if not run.finished]
+    unfinished = []
+    for run in runs:
+        if run.finished:  # a kill in the last moment may have left checkpoints
+            shutil.rmtree(RunFolder(run.folder).checkpoints, ignore_errors=True)
+        else:
+            unfinished.append(run)
     if unfinished:
         trainings = [_Training(run, scaling, held_out, watch) for run in unfinished]
         _train(trainings, batches, scaling, progress)
