@@ -222,6 +222,8 @@ class TrainConfig:
     """Tokens between two resamplings of dead features (Bricken et al. 2023); by default they are not resampled."""
     kernels: Literal["torch", "triton"] = "torch"
     """What computes the sparse part of a step: PyTorch's operators, or Triton kernels (CUDA only; not timed yet)."""
+    product: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the encoder product, and with triton of gathered rows; weights and sums stay in float32."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl; tensorboard writes into the run folder."""
     seed: int = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sae.codes import Pattern, SparseCodes, Transposed
-from sae.kernels.choice import Kernels, selecting, serving
+from sae.kernels.choice import Kernels, narrow, selecting, serving
 from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
@@ -52,7 +52,12 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 
 @torch.no_grad()
 def map_tiles(
-    work: Callable[[Tensor], T], centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor
+    work: Callable[[Tensor], T],
+    centred: Tensor,
+    encoder_rows: Tensor,
+    encoder_bias: Tensor,
+    *,
+    takes_narrow: bool = False,
 ) -> list[T]:
     """``work`` on the pre-activations ``centred · W_enc + b_enc``, tile of rows by tile of rows; no gradient.
 
@@ -60,23 +65,24 @@ def map_tiles(
 
     Args:
         work: takes ``[rows, d_sae]``, valid during the call only.
+        takes_narrow: ``work`` may be given the number format of the product; otherwise it gets that of ``centred``.
         centred: ``[n, d_in]``, the input minus b_dec. encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``.
 
     Returns:
         the results in the order of the rows.
     """
-    d_sae, device = len(encoder_rows), centred.device
-    weights, bias = encoder_rows.detach().t(), encoder_bias.detach()
+    d_sae, device, kind = len(encoder_rows), centred.device, narrow() or centred.dtype
+    weights, bias = encoder_rows.detach().to(kind).t(), encoder_bias.detach().to(kind)
 
     @torch.no_grad()  # which holds in one thread only
     def one(part: Tensor) -> T:
+        if kind != centred.dtype and not takes_narrow:
+            part = _buffer("widened", part.shape, centred.dtype, device).copy_(part)
         return work(part)
 
     results: list[T] = []
-    for rows in centred.split(tile_rows(d_sae, centred.element_size())):
-        tile = torch.addmm(
-            bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), centred.dtype, device)
-        )
+    for rows in centred.to(kind).split(tile_rows(d_sae, kind.itemsize)):
+        tile = torch.addmm(bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), kind, device))
         results += share(one, tile.split(max(16, math.ceil(len(rows) / n_workers(device)))), device)
     return results
 
@@ -157,8 +163,14 @@ def encode_topk(
         values ``[n, k]`` and int32 indices ``[n, k]``.
     """
     kernels = selecting() or TORCH
-    parts = map_tiles(lambda tile: kernels.topk(tile, k), centred, encoder_rows, encoder_bias)
-    values = torch.cat([tile_values for tile_values, _ in parts])
+    parts = map_tiles(
+        lambda tile: kernels.topk(tile, k),
+        centred,
+        encoder_rows,
+        encoder_bias,
+        takes_narrow=centred.device.type != "cpu" or kernels is not TORCH,
+    )
+    values = torch.cat([tile_values for tile_values, _ in parts]).to(centred.dtype)
     indices = torch.cat([tile_indices.int() for _, tile_indices in parts])
     return (values.relu_() if relu else values), indices
 

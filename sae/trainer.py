@@ -98,7 +98,7 @@ class Trainer:
             group["lr"] = self.learning_rate_at(self.steps_done)
         done = self.steps_done / self.n_steps
         moment = Moment(done, self.dead.at(self.steps_done), self.architecture_state)
-        with using(self.config.kernels):
+        with using(self.config.kernels, self.config.product):
             loss = self.architecture.loss(self.weights, x, y, moment)
         loss.total.backward()
         self._around_step.project(self.weights)

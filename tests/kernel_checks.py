@@ -287,3 +287,23 @@ def test_a_run_with_kernels_follows_a_run_without(unit: bool) -> None:
     for trainer in trainers:
         trainer.step(x, x)
     close(ours.weights.W_dec.detach(), theirs.weights.W_dec.detach(), 1e-6)
+
+
+def test_a_bfloat16_product_rounds_what_is_multiplied_and_gathered() -> None:
+    """The selection is that of the product of rounded inputs, and the error that of rounded decoder rows."""
+    n, d, d_sae, k = 7, 12, 50, 5
+    x, w = random(n, d), Weights(random(d_sae, d), random(d_sae), random(d_sae, d, seed=2), random(d, seed=3))
+    pre = torch.addmm(w.b_enc.bfloat16(), (x - w.b_dec).bfloat16(), w.encoder_rows.bfloat16().T)
+    expected, places = expected_topk(pre, k)
+    for name in ("torch", "triton"):
+        with choice.using(name, "bfloat16"):
+            codes = sparse.topk_codes(x, w.b_dec, w.encoder_rows, w.b_enc, k)
+            mse, error = sparse.squared_error(codes, w.W_dec, w.b_dec, x)
+        assert codes.values.dtype == error.dtype == torch.float32
+        order = codes.indices.sort(1)
+        close(codes.values.gather(1, order.indices), expected.relu())
+        if name == "triton" or places.numel() == order.values.numel() == 0:
+            assert torch.equal(order.values, places)
+        table = w.W_dec.bfloat16() if name == "triton" else w.W_dec
+        close(error, dense(codes.values, codes.pattern) @ table.double() + w.b_dec - x)
+        close(mse, error.double().square().sum(1).mean())

@@ -23,6 +23,7 @@ from activations.errors import InputError
 from sae.codes import Pattern, Transposed
 
 KernelsName = Literal["torch", "triton"]
+ProductName = Literal["float32", "bfloat16"]
 
 # Of an H200: see dense_is_faster.
 _BYTES_PER_SECOND = 4.8e12
@@ -31,6 +32,7 @@ _OPERATIONS_PER_SECOND = {
     4: 60e12,
 }  # by the bytes of a number: bfloat16 in tensor cores, float32 outside
 _name: ContextVar[KernelsName] = ContextVar("kernels", default="torch")
+_product: ContextVar[ProductName] = ContextVar("product", default="float32")
 
 
 class Kernels(Protocol):
@@ -55,13 +57,24 @@ class Kernels(Protocol):
 
 
 @contextmanager
-def using(name: KernelsName) -> Iterator[None]:
-    """Have ``name`` serve the calls made inside the block, by this thread."""
-    token = _name.set(name)
+def using(name: KernelsName, product: ProductName = "float32") -> Iterator[None]:
+    """Have ``name`` serve the calls made inside the block, by this thread.
+
+    Args:
+        product: bfloat16 makes the encoder product of copies in that format, and has Triton gather such rows; what is
+            added up is added in the format of the weights. float32 leaves everything in that format.
+    """
+    tokens = _name.set(name), _product.set(product)
     try:
         yield
     finally:
-        _name.reset(token)
+        _name.reset(tokens[0])
+        _product.reset(tokens[1])
+
+
+def narrow() -> torch.dtype | None:
+    """The number format of the product and of gathered rows, where it is not that of the weights."""
+    return None if _product.get() == "float32" else torch.bfloat16
 
 
 def check_available(name: KernelsName, device: torch.device) -> None:
@@ -90,23 +103,23 @@ def serving(pattern: Pattern, table: Tensor) -> Kernels | None:
     """Who computes with this pattern and rows of ``table``; None where PyTorch's operators do."""
     if _name.get() == "torch":
         return None
-    l0 = pattern.indices.numel() / max(pattern.n_rows, 1)
-    if table.device.type == "cuda" and dense_is_faster(pattern.d_sae, l0, table.element_size()):
+    l0, rows = pattern.indices.numel() / max(pattern.n_rows, 1), narrow() or table.dtype
+    if table.device.type == "cuda" and dense_is_faster(pattern.d_sae, l0, rows.itemsize):
         from sae.kernels.dense import DenseKernels
 
-        return DenseKernels()
-    return _triton()
+        return DenseKernels(rows)
+    return _triton(rows)
 
 
 def selecting() -> Kernels | None:
     """Who selects the k largest of a tile; None where PyTorch's operators do."""
-    return None if _name.get() == "torch" else _triton()
+    return None if _name.get() == "torch" else _triton(None)
 
 
-def _triton() -> Kernels:
+def _triton(rows: torch.dtype | None) -> Kernels:
     from sae.kernels.triton_kernels import TritonKernels
 
-    return TritonKernels()
+    return TritonKernels(rows)
 
 
 def dense_is_faster(d_sae: int, l0: float, itemsize: int) -> bool:

@@ -16,11 +16,13 @@ class DenseKernels(TritonKernels):
 
     def gather_sum(self, values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
         """``codes · table``."""
+        table = table.to(self.rows)
         codes = _scattered(_places(pattern), values, pattern.n_rows, pattern.d_sae, table.dtype)
         return (codes @ table).to(values.dtype)
 
     def gathered_dots(self, left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
         """``left · rightᵀ``, of which the pattern's entries are kept."""
+        right = right.to(self.rows)
         products = left.to(right.dtype) @ right.t()
         return products.view(-1)[_places(pattern)].view(pattern.indices.shape).to(left.dtype)
 
@@ -34,6 +36,7 @@ class DenseKernels(TritonKernels):
     def weighted_sums(self, transposed: Transposed, table: Tensor, weights: Tensor) -> Tensor:
         """``codesᵀ · table``."""
         d_sae, nnz = len(transposed.counts), len(transposed.rows)
+        table = table.to(self.rows)
         features = torch.arange(d_sae, device=table.device)
         places = transposed.rows * d_sae + features.repeat_interleave(transposed.counts, output_size=nnz)
         sorted_weights = weights.flatten()[transposed.order]
