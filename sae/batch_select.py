@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 
 _SAMPLED_ROWS = 16  # of every piece of a tile, to find a cut; half of them may have more than 2k entries
 _SLACK = 2
+_BLOCK = 1 << 18  # entries compared at a time, so that the outcome stays in the cache
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,11 @@ def _likely_cut(tile: Array, per_row: int) -> float:
 def _above(tile: Array, cut: float, count: int) -> _Candidates:
     """The entries of ``tile [rows, d_sae]`` above ``cut``; of more than ``count`` only the largest."""
     flat = tile.reshape(-1)
-    above = flat <= tile.dtype.type(cut)
-    np.logical_not(above, out=above)  # true for NaN
-    places = np.flatnonzero(above)
+    found = []
+    for start in range(0, len(flat), _BLOCK):
+        below = flat[start : start + _BLOCK] <= tile.dtype.type(cut)
+        found.append(np.flatnonzero(np.logical_not(below, out=below)) + start)  # a NaN is not below
+    places = np.concatenate(found)
     values = flat[places]
     if len(places) > count:
         kept = _largest(values, count)

@@ -26,6 +26,7 @@ from sae.kernels.choice import serving
 from sae.sparse import TORCH
 
 _CHUNK_ROWS = 1024
+_CHUNK_FEATURES = 2048
 
 
 def nested_squared_error(
@@ -65,39 +66,51 @@ class _Band:
     """The entries whose features lie between two widths.
 
     Attributes:
-        pattern: their features and rows, ragged. places: int64, where they stand among all entries.
-        transposed: the same, grouped by the band's features; its ``order`` points among all entries.
+        low, high: the widths.
+        pattern: features and rows of the entries, ragged. places: int64, where they stand among all entries.
     """
 
+    low: int
+    high: int
     pattern: Pattern
     places: Tensor
-    transposed: Transposed
 
     def add_to(self, error: Tensor, values: Tensor, decoder: Tensor, sign: float) -> None:
-        """Add ``sign`` times what these entries decode to, some rows at a time."""
+        """Add ``sign`` times what these entries decode to, some rows at a time; ``values`` are those of all entries."""
         own = values[self.places]
         for start in range(0, len(error), _CHUNK_ROWS):
             rows = error[start : start + _CHUNK_ROWS]
             pattern, span = self.pattern.slice(start, start + len(rows))
             rows.add_(TORCH.gather_sum(own[span], pattern, decoder), alpha=sign)
 
+    def weighted_sums(self, transposed: Transposed, table: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write the band's rows of ``transposed.weighted_sums(table, values)`` into those of ``out``, some at a time.
+
+        Args:
+            transposed: of all entries. table: ``[n, d]``. values: of all entries. out: ``[d_sae, d]``.
+        """
+        for low in range(self.low, self.high, _CHUNK_FEATURES):
+            features = slice(low, min(low + _CHUNK_FEATURES, self.high))
+            counts, start = transposed.counts[features], int(transposed.offsets[low])
+            entries = slice(start, start + int(counts.sum()))
+            chunk = Transposed(
+                transposed.order[entries],
+                transposed.rows[entries],
+                transposed.offsets[features] - start,
+                counts,
+            )
+            out[features] = TORCH.weighted_sums(chunk, table, values)
+
 
 def _bands(pattern: Pattern, widths: tuple[int, ...]) -> list[_Band]:
     """The entries of a ragged pattern, shared out; on the CPU."""
     assert pattern.row_offsets is not None
     bands = []
-    features, transposed = pattern.indices.numpy(), pattern.transposed
+    features = pattern.indices.numpy()
     for low, high in zip((0, *widths), widths, strict=False):
         places = torch.from_numpy(np.flatnonzero((features >= low) & (features < high)))
         offsets = torch.searchsorted(places, pattern.row_offsets)
-        own = Pattern(pattern.d_sae, pattern.indices[places], offsets)
-        counts = transposed.counts[low:high]
-        start = int(transposed.offsets[low])
-        span = slice(start, start + len(places))
-        grouped = Transposed(
-            transposed.order[span], transposed.rows[span], transposed.offsets[low:high] - start, counts
-        )
-        bands.append(_Band(own, places, grouped))
+        bands.append(_Band(low, high, Pattern(pattern.d_sae, pattern.indices[places], offsets), places))
     return bands
 
 
@@ -113,7 +126,7 @@ class _ByBands(torch.autograd.Function):
         widths: tuple[int, ...],
         weights: tuple[float, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.bands, ctx.weights = _bands(pattern, widths), weights
+        ctx.pattern, ctx.bands, ctx.weights = pattern, _bands(pattern, widths), weights
         error = b_dec - goal
         means = []
         for band in ctx.bands:
@@ -127,18 +140,19 @@ class _ByBands(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, decoder, error = ctx.saved_tensors
         factor = grads[0] * (2 / len(error))
-        d_values, d_bands = torch.empty_like(values), []
+        d_values, d_decoder = torch.empty_like(values), torch.empty_like(decoder)
+        transposed, weighted = ctx.pattern.transposed, values * factor
         slope = error * ctx.weights[-1]
         for level in reversed(range(len(ctx.bands))):
             band = ctx.bands[level]
             d_values[band.places] = TORCH.gathered_dots(slope, decoder, band.pattern) * factor
-            d_bands.append(TORCH.weighted_sums(band.transposed, slope, values * factor))
+            band.weighted_sums(transposed, slope, weighted, out=d_decoder)
             if level:
                 band.add_to(error, values, decoder, -1)
                 slope.add_(error, alpha=ctx.weights[level - 1])
         d_b_dec = slope.sum(0) * factor
         d_goal = slope.mul_(-factor) if ctx.needs_input_grad[3] else None
-        return d_values, torch.cat(d_bands[::-1]), d_b_dec, d_goal, None, None, None
+        return d_values, d_decoder, d_b_dec, d_goal, None, None, None
 
 
 class _Stacked(torch.autograd.Function):

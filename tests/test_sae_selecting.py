@@ -240,9 +240,11 @@ def case(request: pytest.FixtureRequest) -> Problem:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 rows, so that 37 rows are three of them, and chunks of ten when bands are added."""
+    """Tiles of 16 rows, so that 37 rows are three of them; bands in chunks of ten rows and of ten features."""
     monkeypatch.setattr(sparse, "_TILE_ROWS", 1)
     monkeypatch.setattr(nested, "_CHUNK_ROWS", 10)
+    monkeypatch.setattr(nested, "_CHUNK_FEATURES", 10)
+    monkeypatch.setattr(batch_select, "_BLOCK", 100)
     assert sparse.tile_rows(64) == 16
 
 
@@ -487,8 +489,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])
 @pytest.mark.parametrize("n_dead", [0, 3])
-def test_no_tensor_is_as_large_as_n_times_d_sae(name: str, n_dead: int, small_tiles: None) -> None:
+def test_no_tensor_is_as_large_as_n_times_d_sae(
+    name: str, n_dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The largest of PyTorch's is a tile of 16 rows; numpy's memory is traced."""
+    monkeypatch.setattr(sparse, "_TILE_ROWS", 1)
     n, d_in, d_sae = 512, 12, 2048
     this = problem(n, d_in, d_sae, 2, dead=torch.arange(n_dead))
     tracemalloc.start()
