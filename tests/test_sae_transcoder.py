@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from activations.blocks import PADDING, TokenBlocks
 from activations.errors import InputError
+from activations.exclusion import Moments
 from activations.models import LanguageModel
 from features.steering import edit_features, edit_rows
 from features.trace import mean_norm
 from sae.architectures.base import Weights
 from sae.architectures.registry import ARCHITECTURES, architecture_from
-from sae.config import SAEConfig
+from sae.config import SAEConfig, TrainConfig
 from sae.controls import ReducedRank, control_autoencoders, reference_activations
 from sae.evaluate import evaluate
 from sae.model import SparseAutoencoder
 from sae.scaling import Scaling
+from sae.trainer import Trainer
 
 READ, WRITTEN = "blocks.0.mlp.hook_post", "blocks.1.hook_mlp_out"
 D_IN, D_OUT, D_SAE, K = 72, 32, 96, 6
@@ -139,6 +141,43 @@ def test_folded_weights_are_the_same_function_of_raw_activations(architecture: A
     assert 0 < scaled.encode(units).l0() < 40
     torch.testing.assert_close(raw.encode(x).to_dense(), scaled.encode(units).to_dense() / factor)
     torch.testing.assert_close(raw(x), scaled(units) / factor + mean)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_learns_to_predict(architecture: Any, skip: bool) -> None:
+    """A small MLP, y = relu(x A) B, from activations that are neither centred nor scaled."""
+    generator = torch.Generator().manual_seed(5)
+    inner, outer = torch.randn(8, 16, generator=generator), torch.randn(16, 6, generator=generator)
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(n, 8, generator=generator)
+        return 3 * x + 1, (x @ inner).relu() @ outer / 10 - 2
+
+    selects = architecture in ("topk", "batch_topk", "matryoshka")
+    settings: dict[str, Any] = {"k": 12} if selects else {"sparsity_weight": 0.02}
+    config = TrainConfig(
+        hook_out=WRITTEN,
+        sae=SAEConfig(architecture=architecture, d_sae=48, skip=skip, **settings),
+        tokens=250 * 128,
+        batch_tokens=128,
+        learning_rate=1e-2,
+    )
+    config.check()
+    x, y = batch(4096)
+    of_x, of_y = Moments(8), Moments(6)
+    of_x.add(x)
+    of_y.add(y)
+    scaling = Scaling(of_x.mean, of_x.scale, of_y.mean, of_y.scale)
+    trainer = Trainer(config, scaling)
+    for _ in range(250):
+        trainer.step(*scaling.apply(torch.cat(batch(128), dim=1)))
+    sae = trainer.folded({})
+    assert sae.config.transcoder
+    assert (sae.W_skip is not None) == skip
+    x, y = batch(2000)
+    error, variance = (y - sae(x)).square().sum(), (y - y.mean(0)).square().sum()
+    assert float(1 - error / variance) > 0.85
 
 
 # Evaluation: the slow, obvious way, one block and one position at a time, with hooks by hand

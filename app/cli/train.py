@@ -52,9 +52,9 @@ def main(arguments: Sequence[str]) -> None:
     if store is not None and config.order == "external":
         from activations.shuffled import external_bytes
 
+        taken = sum(external_bytes(store.store.at(hook_name)) for hook_name in config.hook_names)
         console.print(
-            f"  A copy in training order takes up to {external_bytes(store) / 1e6:,.1f} MB beside the store.",
-            soft_wrap=True,
+            f"  A copy in training order takes up to {taken / 1e6:,.1f} MB beside the store.", soft_wrap=True
         )
     for note in pipeline.corpus.notes:
         console.print(f"  {note}", soft_wrap=True)
