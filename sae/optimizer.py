@@ -24,7 +24,7 @@ _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are equidistributed
 
 @lru_cache(maxsize=8)
 def dynamic_code(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of dynamic tree quantisation in ascending order, float32, from −1 (or 0) to 1.
+    """The 256 values of dynamic tree quantisation in ascending order, float32, from −0.993 (or 0) to 1.
 
     Besides 0 and 1 there are in each decade, from 1 down to 1e-6, the centres of equal parts of [0.1, 1] times the
     decade: 64 parts in the first (128 where there is no sign), and half as many in every following one.
@@ -43,15 +43,17 @@ def quantised(values: Tensor, code: Tensor, rounding: float = 0.5) -> tuple[Tens
 
     Args:
         values: float32 ``[n_blocks, BLOCK]``. code: ``[256]``, ascending, from :func:`dynamic_code`.
-        rounding: the fraction of the gap between two values of the code from which on the upper one is taken.
+        rounding: the fraction of the gap between two values of the code from which on the upper one is taken,
+            above 0 and below 1.
 
     Returns:
-        uint8 ``[n_blocks, BLOCK]``, and float32 ``[n_blocks]``: the largest magnitude of each block.
+        uint8 ``[n_blocks, BLOCK]``, and float32 ``[n_blocks]``: the value of largest magnitude in each block, with its
+        sign, so that it is 1 in the code, which has no −1.
     """
-    scales = values.abs().amax(1)
-    quotients = values / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    scales = values.gather(1, values.abs().argmax(1, keepdim=True))
+    quotients = values / torch.where(scales == 0, 1, scales)
     edges = torch.lerp(code[:-1], code[1:], rounding)
-    return torch.bucketize(quotients, edges, right=True).to(torch.uint8), scales
+    return torch.bucketize(quotients, edges, right=True).to(torch.uint8), scales[:, 0]
 
 
 def dequantised(indices: Tensor, scales: Tensor, code: Tensor) -> Tensor:
@@ -141,7 +143,14 @@ def _blocks(flat: Tensor) -> Tensor:
 
 def make_optimizer(parameters: Iterable[Tensor], lr: float, moments: Literal["float32", "8bit"]) -> Optimizer:
     """Adam over the parameters, with moments of this kind."""
-    return Adam(parameters, lr=lr, fused=True) if moments == "float32" else Adam8bit(parameters, lr)
+    if moments == "8bit":
+        return Adam8bit(parameters, lr)
+    optimizer = Adam(parameters, lr=lr, fused=True)
+    # Made here and not in the first step, where they would split the memory that later steps use again.
+    for parameter in optimizer.param_groups[0]["params"]:
+        state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **state}
+    return optimizer
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class Trainer:
         self._resample_steps = _in_steps(config.resample_every, config.resolved_batch_tokens())
         # to resample with: what the weights of shape [d_sae] begin with
         self._initial = {
-            name: value.to(self.device)
+            name: value.to(self.device, copy=True)
             for name, value in initial.items()
             if value.shape == (config.sae.d_sae,) and self._resample_steps is not None
         }
