@@ -32,8 +32,13 @@ _workspace = threading.local()
 T = TypeVar("T")
 
 
-def tile_rows(d_sae: int, itemsize: int = 4) -> int:
-    """How many rows of pre-activations are computed at a time."""
+def tile_rows(d_sae: int, itemsize: int = 4, device_type: str = "cpu") -> int:
+    """How many rows of pre-activations are computed at a time.
+
+    Elsewhere than on a CPU few large tiles: there a tile costs its launches, and 512 MB is little.
+    """
+    if device_type != "cpu":
+        return max(16, (512 << 20) // (d_sae * itemsize))
     return max(16, min(_TILE_ROWS, _TILE_BYTES // (d_sae * itemsize)))
 
 
@@ -81,7 +86,7 @@ def map_tiles(
         return work(part)
 
     results: list[T] = []
-    for rows in centred.to(kind).split(tile_rows(d_sae, kind.itemsize)):
+    for rows in centred.to(kind).split(tile_rows(d_sae, kind.itemsize, device.type)):
         tile = torch.addmm(bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), kind, device))
         results += share(one, tile.split(max(16, math.ceil(len(rows) / n_workers(device)))), device)
     return results
