@@ -22,9 +22,10 @@ from torch.nn.functional import embedding_bag
 
 from sae.architectures.base import Architecture, Weights
 from sae.codes import Pattern
-from sae.sparse import gathered_dots, map_tiles, tile_rows
+from sae.sparse import _buffer, gathered_dots, map_tiles, tile_rows
 
 SPARSE_BELOW = 1 / 16  # of all entries: from there on the sparse layout is faster
+_GATHER_BELOW = 1 / 32  # of all entries: there single dot products are faster than a dense product
 _SAMPLE = 64  # rows that the choice of the layout is made from
 
 
@@ -82,12 +83,11 @@ class DenseTile(Entries):
 
 
 class SparseEntries(Entries):
-    """The entries of a ragged pattern."""
+    """The entries of a ragged pattern. What is 0 at many of them is summed over the rest."""
 
     def __init__(self, pre: Tensor, pattern: Pattern) -> None:
-        assert pattern.row_offsets is not None
         self.pre, self.pattern = pre, pattern
-        self._starts = pattern.row_offsets[:-1].to(pattern.indices.dtype)
+        self._kept: tuple[Tensor, Pattern] | None = None
 
     def spread(self, per_feature: Tensor) -> Tensor:
         """See :class:`Entries`, as all methods."""
@@ -97,16 +97,37 @@ class SparseEntries(Entries):
         return values.new_zeros(self.pattern.d_sae).index_add_(0, self.pattern.indices, values)
 
     def decoded(self, values: Tensor, decoder: Tensor) -> Tensor:
-        return embedding_bag(
-            self.pattern.indices, decoder, self._starts, mode="sum", per_sample_weights=values
-        )
+        values, pattern = self._nonzero(values)
+        assert pattern.row_offsets is not None
+        starts = pattern.row_offsets[:-1].to(pattern.indices.dtype)
+        return embedding_bag(pattern.indices, decoder, starts, mode="sum", per_sample_weights=values)
 
     def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
-        return gathered_dots(rows, decoder, self.pattern)
+        n, d_sae = len(rows), self.pattern.d_sae
+        if len(self.pre) < _GATHER_BELOW * n * d_sae:
+            return gathered_dots(rows, decoder, self.pattern)
+        found = torch.empty_like(self.pre)
+        step = tile_rows(d_sae, rows.element_size())
+        for start in range(0, n, step):
+            tile = rows[start : start + step]
+            pattern, span = self.pattern.slice(start, start + len(tile))
+            shape = (len(tile), d_sae)
+            dots = torch.mm(tile, decoder.t(), out=_buffer("tile", shape, rows.dtype, rows.device))
+            places = pattern.rows().mul_(d_sae).add_(pattern.indices)
+            torch.index_select(dots.view(-1), 0, places, out=found[span])
+        return found
 
     def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
-        sums = self.pattern.transposed.weighted_sums(rows, values)
+        values, pattern = self._nonzero(values)
+        sums = pattern.transposed.weighted_sums(rows, values)
         return sums if total is None else total.add_(sums)
+
+    def _nonzero(self, values: Tensor) -> tuple[Tensor, Pattern]:
+        """The values that are not 0, and their pattern, which is often that of the call before."""
+        mask = values != 0
+        if self._kept is None or not torch.equal(mask, self._kept[0]):
+            self._kept = mask, self.pattern if bool(mask.all()) else _restricted(self.pattern, mask)
+        return values[mask], self._kept[1]
 
 
 class Rule(ABC):
@@ -263,6 +284,15 @@ def _sparse_entries(rule: Rule, centred: Tensor, encoder_rows: Tensor, b_enc: Te
     counts, indices, values = map(
         torch.cat, zip(*map_tiles(select, centred, encoder_rows, b_enc), strict=True)
     )
-    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return SparseEntries(values, Pattern(d_sae, indices, offsets))
+    return SparseEntries(values, Pattern(d_sae, indices, _starting_at_0(counts.cumsum(0))))
+
+
+def _restricted(pattern: Pattern, mask: Tensor) -> Pattern:
+    """The entries of a ragged pattern where ``mask [nnz]`` is true."""
+    assert pattern.row_offsets is not None
+    kept_before = _starting_at_0(mask.cumsum(0))
+    return Pattern(pattern.d_sae, pattern.indices[mask], kept_before[pattern.row_offsets])
+
+
+def _starting_at_0(sums: Tensor) -> Tensor:
+    return torch.cat([sums.new_zeros(1), sums])

@@ -30,7 +30,7 @@ def random_weights(kind: Architecture, d_in: int, d_out: int, change: Change | N
         for name, tensor in weights.tensors().items()
     }
     if "log_threshold" in noisy:
-        noisy["log_threshold"] *= 0.5
+        noisy["log_threshold"] = 8 * torch.randn(kind.config.d_sae, generator=generator, dtype=torch.float64)
     found = Weights(**noisy)
     if change:
         change(found)
@@ -114,7 +114,7 @@ def expected_jumprelu(
 ) -> tuple[Tensor, Tensor]:
     """The activation's derivatives are those of the module's second line, by a term whose value is 0."""
     assert w.log_threshold is not None
-    t, width = w.log_threshold, kind.config.bandwidth
+    t, width = w.log_threshold / 10, kind.config.bandwidth
     z, threshold = pre_activations(kind, w, x), t.exp()
     window = ((z - threshold).abs() < width / 2).double().detach()
     by_threshold = -(threshold.detach() / width) * window

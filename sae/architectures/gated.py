@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
-from sae.l0_control import initial_control, next_control, sparsity_weight
+from sae.l0_control import WeightControl
 from sae.paying import DenseTile, Entries, Rule, paid_loss
 from sae.sparse import map_tiles
 
@@ -85,14 +85,15 @@ class Gated(Architecture):
 
     def initial_state(self) -> dict[str, Tensor]:
         """What the controller of L0 carries, if there is a target."""
-        return initial_control(self.config)
+        return WeightControl(self.config).initial_state()
 
     def loss(self, weights: Weights, x: Tensor, y: Tensor, moment: Moment) -> Loss:
         """See the module's equation. ``moment.dead`` is not used."""
-        rule = _GatedRule(weights, sparsity_weight(self.config, moment), len(x))
+        control = WeightControl(self.config)
+        rule = _GatedRule(weights, control.sparsity_weight(moment), len(x))
         total, terms, firings = paid_loss(self, rule, weights, x, y)
         entries = firings.sum()
-        state = next_control(self.config, moment, entries / len(x))
+        state = control.next_state(moment, entries / len(x))
         return Loss(total, terms, entries, firings > 0, state)
 
     def encode(self, weights: Weights, x: Tensor) -> SparseCodes:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
-from sae.l0_control import initial_control, next_control, sparsity_weight
+from sae.l0_control import WeightControl
 from sae.paying import Entries, Rule, paid_loss
 from sae.sparse import encode_relu
 
@@ -87,16 +87,17 @@ class ReLU(Architecture):
     def initial_state(self) -> dict[str, Tensor]:
         """What the controller of L0 and p-annealing carry, if they are asked for: the last p, and the factor on λ."""
         annealing = {"p": torch.ones(()), "p_factor": torch.ones(())} if self.config.p_end < 1 else {}
-        return initial_control(self.config) | annealing
+        return WeightControl(self.config).initial_state() | annealing
 
     def loss(self, weights: Weights, x: Tensor, y: Tensor, moment: Moment) -> Loss:
         """See the module's equation. ``moment.dead`` is not used: this loss has no auxiliary term."""
-        weight = sparsity_weight(self.config, moment) * moment.state.get("p_factor", 1.0)
+        control = WeightControl(self.config)
+        weight = control.sparsity_weight(moment) * moment.state.get("p_factor", 1.0)
         p = 1 - (1 - self.config.p_end) * max(moment.done - ANNEAL_FROM, 0) / (1 - ANNEAL_FROM)
         rule = _ReLURule(weights, weight, len(x), p, moment.state["p"] if p < 1 else None)
         total, terms, firings = paid_loss(self, rule, weights, x, y)
         entries = firings.sum()
-        state = next_control(self.config, moment, entries / len(x))
+        state = control.next_state(moment, entries / len(x))
         if p < 1:
             annealed = {
                 "p": torch.full_like(moment.state["p"], p),
