@@ -192,8 +192,8 @@ class SparseAutoencoder:
         sparsify's, OpenAI's, those of Gemma Scope and Llama Scope.
 
         Args:
-            name: a folder, a file of weights, or ``hf:org/repo/path@revision`` on the Hugging Face hub (path and
-                revision where needed).
+            name: a folder (a run, too), a file of weights, or ``hf:org/repo/path@revision`` on the Hugging Face hub
+                (path and revision where needed).
 
         Raises:
             InputError: files missing, corrupt or unsafe, or something in them that we do not have.

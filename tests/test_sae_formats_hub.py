@@ -274,7 +274,7 @@ def test_a_push_that_fails(error: Exception, sentence: str, hub: Hub, run: Path)
 
 
 def test_the_verbs(hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert_verb.main([str(run / "sae"), str(tmp_path / "theirs"), "--to", "dictionary_learning"])
+    convert_verb.main([str(run), str(tmp_path / "theirs"), "--to", "dictionary_learning"])
     assert "dictionary_learning" in capsys.readouterr().out
     assert SparseAutoencoder.load(tmp_path / "theirs").hash == SparseAutoencoder.load(run / "sae").hash
     convert_verb.main(

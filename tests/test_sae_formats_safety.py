@@ -1,7 +1,9 @@
 """Foreign files cannot run code, and what is damaged or unknown is refused with one sentence."""
 
+import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,15 @@ def refusal(path: Path) -> str:
     with pytest.raises(InputError) as caught:
         load(path)
     return str(caught.value)
+
+
+def read_or_refused(path: Path) -> str:
+    """The sentence with which it is refused, or nothing."""
+    try:
+        load(path)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def weights(**more: Any) -> dict[str, Any]:
@@ -145,3 +156,49 @@ def test_several_saes_in_one_folder(tmp_path: Path) -> None:
         f"{tmp_path} holds several files of weights: give the path of one of them (10.pt, 11.pt)."
     )
     assert load(tmp_path / "11.pt").d_sae == 24
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CONFIGS = sorted(
+    path
+    for name in ("cfg.json", "config.json", "hyperparams.json")
+    for path in FIXTURES.rglob(name)
+    if path.parent.name != "sparsify"
+)
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 10**13),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), path=st.sampled_from(CONFIGS), value=ODD)
+def test_odd_configurations(
+    data: st.DataObject, path: Path, value: object, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any value in the place of any other: the SAE is read, or refused with a sentence."""
+    config = json.loads(path.read_text())
+    table, keys = config, sorted(config)
+    key = data.draw(st.sampled_from(keys))
+    if isinstance(config[key], dict) and config[key] and data.draw(st.booleans()):
+        table = config[key]
+        key = data.draw(st.sampled_from(sorted(table)))
+    table[key] = value
+    folder = tmp_path_factory.mktemp("odd") / path.parent.name
+    shutil.copytree(path.parent, folder)
+    (folder / path.name).write_text(json.dumps(config))
+    assert "\n" not in read_or_refused(folder)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.parent.relative_to(FIXTURES)))
+def test_configurations_that_are_no_table(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / path.parent.name
+    shutil.copytree(path.parent, folder)
+    for text in ("[1, 2]", "3", "null", "{"):
+        (folder / path.name).write_text(text)
+        assert "\n" not in read_or_refused(folder)

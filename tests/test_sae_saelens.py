@@ -90,6 +90,16 @@ def test_a_checkpoint_has_the_threshold_it_had_reached() -> None:
     close(sae.W_dec.norm(dim=1), torch.ones(24))
 
 
+def test_a_checkpoint_of_early_jumprelu(tmp_path: Path) -> None:
+    """Before 6.48 a JumpReLU in training had the logarithms of its thresholds."""
+    tensors = load_file(FIXTURE / "jumprelu" / "sae_weights.safetensors")
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text((FIXTURE / "jumprelu" / "cfg.json").read_text())
+    expected = load_file(FIXTURE / "jumprelu" / "expected.safetensors")
+    close(SparseAutoencoder.load(tmp_path).encode(expected["x"]).to_dense(), expected["codes"])
+
+
 def test_a_decoder_of_any_norm_is_read_as_unit_rows() -> None:
     """SAELens divides codes by the norms when it decodes; we do it once, on reading."""
     stored = load_file(FIXTURE / "topk_rescaled" / "sae_weights.safetensors")["W_dec"].norm(dim=1)

@@ -9,6 +9,7 @@ from activations.errors import InputError
 from sae.formats import dictionary_learning, gemma_scope, hub, llama_scope, openai, saelens, sparsify
 from sae.formats.reading import SUFFIXES, read_content
 from sae.model import SparseAutoencoder
+from sae.run import RunFolder
 
 Reader = Callable[[Path, dict[str, Any]], SparseAutoencoder]
 
@@ -72,7 +73,7 @@ WEIGHT_FILES = (
 
 
 def load(name: str | Path) -> SparseAutoencoder:
-    """Read an SAE from a folder, a file of weights, or the Hugging Face hub.
+    """Read an SAE from a folder (a run, too), a file of weights, or the Hugging Face hub.
 
     Args:
         name: a path, or ``hf:org/repo``, ``hf:org/repo/path`` or either of them with ``@revision``.
@@ -99,13 +100,16 @@ def holds_sae(name: str | Path) -> bool:
 
 
 def weight_file(path: Path) -> Path | None:
-    """The file that holds the weights of the SAE at ``path``, a folder or that file; None where there is none.
+    """The file that holds the weights of the SAE at ``path``: a run, a folder or that file; None where there is none.
 
     Raises:
         InputError: the folder holds several.
     """
     if path.is_file():
         return path
+    in_run = RunFolder(path).sae / saelens.TENSORS
+    if in_run.is_file():
+        return in_run
     found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
     if not found and path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())

@@ -32,7 +32,7 @@ from sae.architectures.base import Weights
 from sae.config import ArchitectureName, SAEConfig
 from sae.formats.folding import constant, with_input_bias, without_input_bias
 from sae.formats.origin import OURS, hook_of_module, origin_of, with_origin
-from sae.formats.reading import check_tensors, matrix_shape
+from sae.formats.reading import as_table, check_tensors, matrix_shape
 from sae.model import SparseAutoencoder
 
 FORMAT = "dictionary_learning"
@@ -94,7 +94,7 @@ def read_dictionary_learning(file: Path, content: dict[str, Any]) -> SparseAutoe
         InputError: the tensors are of no class of the library, or do not fit its ``config.json``.
     """
     config = _config_beside(file)
-    trainer, buffer = (dict(config.get(part) or {}) for part in ("trainer", "buffer"))
+    trainer, buffer = as_table(config.get("trainer")), as_table(config.get("buffer"))
     content = content["ae"] if isinstance(content.get("ae"), dict) else content  # a backup made in training
     name = _class_of(file, content, trainer.get("dict_class"))
     kind = _CLASSES[name]
@@ -262,11 +262,8 @@ def _hooks(trainer: Mapping[str, Any], transcoder: bool) -> tuple[str | None, st
 
 def _config_beside(file: Path) -> dict[str, Any]:
     """The trainer's ``config.json``; checkpoints lie one folder deeper."""
-    for folder in (file.parent, file.parent.parent):
-        if (folder / CONFIG).is_file():
-            config = read_json(folder / CONFIG)
-            return config if isinstance(config, dict) else {}
-    return {}
+    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    return as_table(read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
 
 
 def _config_for(sae: SparseAutoencoder, name: str) -> dict[str, Any]:

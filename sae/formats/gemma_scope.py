@@ -19,7 +19,7 @@ from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.formats.folding import with_input_bias
 from sae.formats.origin import hook_of_module, with_origin
-from sae.formats.reading import check_tensors, matrix_shape
+from sae.formats.reading import as_table, check_tensors, matrix_shape
 from sae.model import SparseAutoencoder
 
 FIRST, SECOND = "gemma_scope", "gemma_scope_2"
@@ -38,7 +38,7 @@ def read_gemma_scope(file: Path, content: dict[str, Any]) -> SparseAutoencoder:
     """
     tensors = _tensors(file, content)
     found = _found_in_names(file)
-    transcoder = "hook_name_out" in found or tensors["w_dec"].shape[1] != tensors["w_enc"].shape[0]
+    transcoder = "hook_name_out" in found or _changes_width(tensors)
     return _sae(tensors, transcoder, with_origin(found, FIRST, {}))
 
 
@@ -57,15 +57,15 @@ def read_gemma_scope_2(file: Path, content: dict[str, Any]) -> SparseAutoencoder
             " transcoders to one hook."
         )
     path = file.parent / CONFIG
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict) or config.get("architecture", "jump_relu") != "jump_relu":
-        named = config.get("architecture") if isinstance(config, dict) else None
+    config = as_table(read_json(path)) if path.is_file() else {}
+    named = config.get("architecture", "jump_relu")
+    if named != "jump_relu":
         raise InputError(
             f"{path} names the architecture {named!r}, and Gemma Scope's files are of jump_relu."
         )
     tensors = _tensors(file, content)
     reads, writes = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    transcoder = SKIP in tensors or (writes is not None and writes != reads)
+    transcoder = SKIP in tensors or writes not in (None, reads) or _changes_width(tensors)
     found = {
         "model_name": config.get("model_name"),
         "hook_name": hook_of_module(reads),
@@ -87,6 +87,10 @@ def _tensors(file: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     if SKIP in content:
         shapes[SKIP] = (d_in, d_out)
     return check_tensors(file, content, shapes, "its format")
+
+
+def _changes_width(tensors: dict[str, Tensor]) -> bool:
+    return tensors["w_dec"].shape[1] != tensors["w_enc"].shape[0]
 
 
 def _sae(tensors: dict[str, Tensor], transcoder: bool, metadata: dict[str, Any]) -> SparseAutoencoder:

@@ -111,8 +111,7 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
         InputError: there is no SAE to read, nobody is logged in, or the hub cannot be reached or refuses.
     """
     run = RunFolder(Path(folder))
-    is_run = run.sae.is_dir()
-    sae = SparseAutoencoder.load(run.sae if is_run else folder)
+    sae = SparseAutoencoder.load(folder)
     evaluation: dict[str, Any] = read_json(run.evaluation) if run.evaluation.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "sae"

@@ -26,7 +26,7 @@ from sae.architectures.base import Weights
 from sae.config import ArchitectureName, SAEConfig
 from sae.formats.folding import in_units_of_activations, unit_decoder, with_input_bias
 from sae.formats.origin import with_origin
-from sae.formats.reading import check_tensors, matrix_shape, number, whole
+from sae.formats.reading import as_table, check_tensors, matrix_shape, number, whole
 from sae.model import SparseAutoencoder
 
 FORMAT = "llama_scope"
@@ -47,14 +47,12 @@ def read_llama_scope(file: Path, content: dict[str, Any]) -> SparseAutoencoder:
         InputError: its configuration is missing, asks for what we do not have, or does not fit the tensors.
     """
     path = _config_beside(file)
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no configuration of a Llama Scope SAE.")
+    config = as_table(read_json(path))
     architecture = _architecture(path, config)
     weights = _weights(file, content, config)
     d_sae, d_in = weights.encoder_rows.shape
     reads, writes = config.get("hook_point_in"), config.get("hook_point_out")
-    transcoder = writes is not None and writes != reads
+    transcoder = writes not in (None, reads) or weights.W_dec.shape[1] != d_in
     by_norm = config.get("sparsity_include_decoder_norm", True)
     if weights.threshold is not None:
         weights = replace(weights, threshold=_judged(weights.threshold, weights.W_dec, by_norm))
@@ -148,8 +146,7 @@ def _scales(path: Path, config: dict[str, Any], content: dict[str, Any], d_in: i
         raise InputError(
             f"{path} asks for norm_activation {kind!r}, and dataset-wise and inference are read."
         )
-    given = config.get(NORM)
-    norms = dict(given) if isinstance(given, dict) else {}
+    norms = as_table(config.get(NORM))
     prefix = f"{NORM}."
     norms |= {
         name.removeprefix(prefix): float(value) for name, value in content.items() if name.startswith(prefix)

@@ -16,7 +16,7 @@ from activations.errors import InputError
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.formats.origin import with_origin
-from sae.formats.reading import check_tensors, matrix_shape
+from sae.formats.reading import as_table, check_tensors, matrix_shape
 from sae.model import SparseAutoencoder
 
 FORMAT = "openai"
@@ -52,8 +52,7 @@ def read_openai(file: Path, content: dict[str, Any]) -> SparseAutoencoder:
     if activation == "ReLU":
         config = SAEConfig(architecture="relu", d_sae=d_sae)
         return SparseAutoencoder(config, weights, with_origin({}, FORMAT, {"activation": activation}))
-    state = content.get("activation_state_dict")
-    k = state.get("k") if isinstance(state, dict) else None
+    k = as_table(content.get("activation_state_dict")).get("k")
     if activation != "TopK" or not isinstance(k, int):
         raise InputError(
             f"{file} has the activation {activation!r} with k = {k!r}: ReLU, or TopK with its k, is read."

@@ -30,16 +30,16 @@ def with_origin(
     return {**known, ORIGIN: {"format": file_format, "config": config, **facts}}
 
 
-def hook_of_module(module: str | None, side: str = "output") -> str | None:
+def hook_of_module(module: object, side: str = "output") -> str | None:
     """The TransformerLens hook at a module of a Hugging Face model; None where there is no telling.
 
     Args:
         module: such as ``layers.10``, ``h.3.mlp`` or ``model.layers.7.self_attn.o_proj.input``.
         side: of the module, where its name does not end in it.
     """
-    if module is None:
-        return None
-    match = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)((?:\.\w+)*?)(?:\.(input|output))?", module)
+    match = re.fullmatch(
+        r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)((?:\.\w+)*?)(?:\.(input|output))?", str(module)
+    )
     if match is None:
         return None
     layer, part, side = match[1], match[2].lstrip("."), match[3] or side

@@ -114,6 +114,11 @@ def matrix_shape(path: Path, content: Mapping[str, Any], name: str) -> tuple[int
     return shape[0], shape[1]
 
 
+def as_table(value: object) -> dict[str, Any]:
+    """A table of a configuration; what is none has no keys."""
+    return dict(value) if isinstance(value, dict) else {}
+
+
 def number(path: Path, table: Mapping[str, Any], name: str) -> float:
     """A positive, finite number of a JSON table.
 

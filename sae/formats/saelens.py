@@ -28,7 +28,7 @@ from activations.files import new_folder, read_json, write_bytes, write_json
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.formats.folding import has_unit_rows, in_units_of_activations, unit_decoder, with_input_bias
-from sae.formats.reading import check_tensors, number, read_content
+from sae.formats.reading import as_table, check_tensors, number, read_content
 from sae.model import SparseAutoencoder
 from sae.normalising import Normalisation
 
@@ -115,8 +115,7 @@ def read_saelens(folder: Path, content: dict[str, Any] | None = None) -> SparseA
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} holds no SAE: it has no {CONFIG}.")
-    config = read_json(path)
-    config = _modern(config) if isinstance(config, dict) else {}
+    config = _modern(as_table(read_json(path)))
     name = config.get("architecture")
     base, transcoder, skip = _split(name) if isinstance(name, str) else ("", False, False)
     if base not in _OURS:
@@ -131,15 +130,16 @@ def read_saelens(folder: Path, content: dict[str, Any] | None = None) -> SparseA
             raise InputError(f"{folder} holds no SAE: it has no {TENSORS}.")
         content = read_content(folder / TENSORS)
     metadata = {key: value for key, value in config.items() if key not in _STRUCTURE}
-    metadata |= dict(config.get("metadata") or {})
+    metadata |= as_table(config.get("metadata"))
+    metadata.pop("normalize_activations", None)  # what the configuration says is so
     metadata |= _normalisation(folder, config, transcoder)
     content = _without_ones(content)
-    trained_to = (
-        content.pop("topk_threshold", None) if base in ("batchtopk", "matryoshka_batchtopk") else None
-    )
-    if trained_to is not None:  # a checkpoint of training
+    in_training = base in ("batchtopk", "matryoshka_batchtopk")
+    if in_training:
         metadata.setdefault("training_architecture", base)
-        content["threshold"] = torch.as_tensor(trained_to).float().reshape(()).expand(sae_config.d_sae)
+        _one_threshold(content, sae_config.d_sae)
+    elif base == "jumprelu" and isinstance(content.get("log_threshold"), Tensor):  # in training, before 6.48
+        content["threshold"] = content.pop("log_threshold").float().exp()
     tensors = check_tensors(folder / TENSORS, content, shapes, CONFIG)
     weights = _weights(tensors)
     if not transcoder and not config.get("apply_b_dec_to_input", True):
@@ -147,7 +147,7 @@ def read_saelens(folder: Path, content: dict[str, Any] | None = None) -> SparseA
     if config.get("rescale_acts_by_decoder_norm", False):
         if base == "topk":
             weights = unit_decoder(weights)
-        elif trained_to is not None:  # selection was by rescaled activations, and so is the threshold
+        elif in_training:  # selection was by rescaled activations, and so is the threshold
             weights = replace(unit_decoder(weights), threshold=weights.threshold)
     scale = _scaling_factor(folder)
     if scale is not None:
@@ -157,12 +157,11 @@ def read_saelens(folder: Path, content: dict[str, Any] | None = None) -> SparseA
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration of any version in today's layout; before 6.0 all of it lay at the top."""
-    metadata = config.get("metadata")
-    version = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    version = as_table(config.get("metadata")).get("sae_lens_version")
     if version is not None or ("activation_fn_str" not in config and "architecture" in config):
         return config
     new = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
-    arguments = new.get("activation_fn_kwargs") or {}
+    arguments = as_table(new.get("activation_fn_kwargs"))
     if new.get("activation_fn") == "topk" and "k" in arguments:
         new |= {"architecture": "topk", "k": arguments["k"]}
     new.setdefault("architecture", "standard")
@@ -189,7 +188,7 @@ def _structure(
         d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
         d_out = int(config["d_out"]) if transcoder else d_in
         k = int(config["k"]) if topk else SAEConfig.k
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         names = ["d_in", "d_sae", *(["d_out"] if transcoder else []), *(["k"] if topk else [])]
         raise InputError(f"{path} lacks a whole number for {', '.join(names[:-1])} or {names[-1]}.") from None
     architecture = _OURS[base]
@@ -236,12 +235,20 @@ def _scaling_factor(folder: Path) -> float | None:
     path = folder / SCALER
     if not path.is_file():
         return None
-    scaler = read_json(path)
-    if not isinstance(scaler, dict) or scaler.get("has_whitening"):
+    scaler = as_table(read_json(path))
+    if scaler.get("has_whitening"):
         raise InputError(
             f"{folder} is a checkpoint trained on whitened activations: export it with SAELens first."
         )
     return None if scaler.get("scaling_factor") is None else number(path, scaler, "scaling_factor")
+
+
+def _one_threshold(content: dict[str, Any], d_sae: int) -> None:
+    """Give every feature the threshold that a BatchTopK in training keeps for all of them."""
+    threshold = content.get("topk_threshold")
+    if isinstance(threshold, Tensor) and threshold.numel() == 1:
+        del content["topk_threshold"]
+        content["threshold"] = threshold.float().reshape(()).expand(d_sae).contiguous()
 
 
 def _without_ones(content: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.formats.folding import has_unit_rows
 from sae.formats.origin import OURS, hook_of_module, origin_of, with_origin
-from sae.formats.reading import check_tensors, whole
+from sae.formats.reading import as_table, check_tensors, whole
 from sae.model import SparseAutoencoder
 
 FORMAT = "sparsify"
@@ -46,9 +46,7 @@ def read_sparsify(file: Path, content: dict[str, Any]) -> SparseAutoencoder:
         InputError: ``cfg.json`` is missing, asks for what we do not have, or does not fit the tensors.
     """
     path = file.parent / CONFIG
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no configuration of sparsify.")
+    config = as_table(read_json(path))
     said = _DEFAULTS | config
     if said["activation"] != "topk" or said.get("signed"):
         what = "signed activations" if said.get("signed") else f"the activation {said['activation']!r}"
