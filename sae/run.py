@@ -12,6 +12,7 @@ A run folder is readable without the toolkit::
 """
 
 import dataclasses
+import difflib
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -143,7 +144,9 @@ def _build(kind: type[T], table: dict[str, Any], path: Path) -> T:
     kinds = get_type_hints(kind)
     for key, value in table.items():
         if key not in kinds:
-            raise InputError(f"{path} has an unknown key {key!r}: known are {', '.join(sorted(kinds))}.")
+            close = difflib.get_close_matches(key, kinds, n=1)
+            right = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(kinds))}."
+            raise InputError(f"{path} has an unknown key {key!r}: {right}")
         if not fits(value, kinds[key]):
             raise InputError(f"{path} has {key} = {value!r}, and it must be {in_words(kinds[key])}.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})

@@ -16,6 +16,11 @@ CONFIG = TrainConfig(
     sae=SAEConfig(architecture="relu", d_sae=77, sparsity_weight=2.5),
     tokens=12_345,
     learning_rate=1e-3,
+    preset="faithful",
+    moments="8bit",
+    ema=0.99,
+    resample_every=5_000,
+    log_to=("wandb",),
     seed=9,
 )
 
@@ -35,7 +40,9 @@ def test_a_configuration_comes_back_as_it_was(config: TrainConfig, tmp_path: Pat
         ("bos = true", "bos = 1", "bos = 1, and it must be true or false."),
         ("    \"rich\",\n", "    7,\n", "packages = ['numpy', 7], and it must be a list, each item text."),
         ('architecture = "relu"', 'architecture = "gelu"', "architecture = 'gelu', and it must be one of topk, "),
-        ("seed = 9", "sead = 9", "an unknown key 'sead': known are "),
+        ("seed = 9", "sead = 9", "an unknown key 'sead': did you mean seed?"),
+        ("seed = 9", "qqq = 9", "an unknown key 'qqq': known are batch_tokens, buffer_tokens, "),
+        ("sparsity_weight", "sparcity_weight", "an unknown key 'sparcity_weight': did you mean sparsity_weight?"),
         ("tokens = 12345", "sae = 3", None),
         ('model = "gpt2"', 'model = "gpt2', "is not valid TOML"),
         ("format_version = 1", "format_version = 99", "was written in format 99"),
