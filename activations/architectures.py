@@ -18,11 +18,15 @@ BLOCK_HOOKS = (
     "attn.hook_z",
     "hook_attn_out",
     "hook_resid_mid",
+    "mlp.hook_in",
     "mlp.hook_post",
     "hook_mlp_out",
     "hook_resid_post",
 )
 """What the SDPA path serves in every block, in the order of the computation."""
+
+PROJECTED_HOOKS = frozenset({"attn.hook_z", "mlp.hook_post"})
+"""What an output projection reads, and so as wide as that; every other hook above is d_model wide."""
 
 STREAM_HOOKS = frozenset(
     {"hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"}
@@ -41,6 +45,7 @@ class Architecture:
         resid_mid: its input is ``hook_resid_mid``; None where attention and MLP read the block's input in parallel.
             (In an OPT with its normalisations behind attention and MLP, TransformerLens gives this name to what the
             second one reads, which is after the MLP.)
+        mlp_in: its input is ``mlp.hook_in``, what the MLP reads, behind the normalisation where there is one.
         mlp_post: its input is ``mlp.hook_post``. A mixture of experts has no such module: each token goes through
             several experts, and the bridge gives what it calls by that name.
         mlp_out: its output is ``hook_mlp_out``; the normalisation after the MLP where there is one.
@@ -56,6 +61,7 @@ class Architecture:
     z: str = "self_attn.o_proj"
     attn_out: str = "self_attn"
     resid_mid: str | None = "post_attention_layernorm"
+    mlp_in: str = "mlp"
     mlp_post: str = "mlp.down_proj"
     mlp_out: str = "mlp"
     final_norm: str | None = "norm"
@@ -95,6 +101,7 @@ OPT = Architecture(
     blocks="decoder.layers",
     z="self_attn.out_proj",
     resid_mid="final_layer_norm",
+    mlp_in="fc1",
     mlp_post="fc2",
     mlp_out="fc2",
     final_norm="decoder.final_layer_norm",
@@ -156,6 +163,7 @@ def model_sites(
             "hook_resid_pre": Site(block, "input", centred=centred),
             "attn.hook_z": Site(block.get_submodule(architecture.z), "input"),
             "hook_attn_out": Site(block.get_submodule(architecture.attn_out), "output", centred=centred),
+            "mlp.hook_in": Site(block.get_submodule(architecture.mlp_in), "input", flat=flat),
             "hook_mlp_out": Site(
                 block.get_submodule(architecture.mlp_out), "output", flat=flat, centred=centred
             ),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from activations.architectures import ARCHITECTURES, STREAM_HOOKS, architecture_of, model_sites
+from activations.architectures import ARCHITECTURES, PROJECTED_HOOKS, architecture_of, model_sites
 from activations.bridge import bridge_backend, centring_has_effect, start_bridge
 from activations.edits import EditScope
 from activations.errors import InputError
@@ -159,7 +159,7 @@ class HookedModel(ABC):
         """
         kind = hook_name.split(".", 2)[-1]
         if self._sites and hook_name in self._sites:
-            return self.d_model if kind in STREAM_HOOKS else _in_features(self._sites[hook_name].module)
+            return _in_features(self._sites[hook_name].module) if kind in PROJECTED_HOOKS else self.d_model
         backend = self._backend([hook_name], ())
         forward = partial(backend.base_model, **self._probe(1, 2))
         x = backend.sites.capture(forward, [hook_name], 1)[hook_name]

@@ -299,6 +299,7 @@ def _install(site: Site) -> None:
         point: Any = site.module
         point.add_perma_hook(on_hook_point)  # TransformerLens splits heads before it calls this
     elif site.side == "input":
-        site.module.register_forward_pre_hook(on_input, with_kwargs=True)
+        # What the block reads again comes before what only this module reads, where both are its input (OLMo 2).
+        site.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=site.in_place)
     else:
         site.module.register_forward_hook(on_output)

@@ -254,6 +254,23 @@ def test_an_edit_can_read_another_hook_of_the_same_pass(hook_out: str) -> None:
     torch.testing.assert_close(seen[1], 2 * expected)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "olmo2"])
+def test_an_edit_of_what_the_mlp_reads_leaves_the_stream_alone(architecture: str) -> None:
+    """Also where nothing lies between both, and whichever of the two hooks was used first."""
+    model = LanguageModel.from_hf(tiny_hf_model(architecture), tiny_tokenizer(), architecture)
+    read, stream = "blocks.1.mlp.hook_in", "blocks.1.hook_resid_mid"
+    names = [stream, read, "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
+    with model.edited(scaled(2.0, read)):
+        model.logits(IDS)
+    plain = model.capture(IDS, names)
+    with model.edited(scaled(2.0, read)):
+        edited = model.capture(IDS, names)
+    assert torch.equal(edited[stream], plain[stream])
+    assert torch.equal(edited[read], 2 * plain[read])
+    assert not torch.allclose(edited[names[2]], plain[names[2]])
+    torch.testing.assert_close(edited[names[3]], edited[stream] + edited[names[2]])
+
+
 def test_concurrent_passes_read_their_own() -> None:
     model, reads = tiny_language_model("llama"), "blocks.0.hook_resid_pre"
     edit = Edit("blocks.2.hook_mlp_out", lambda x, positions, read: read, reads=reads)

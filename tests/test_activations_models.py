@@ -195,6 +195,7 @@ def test_hook_widths(architecture: str) -> None:
         "attn.hook_z": 40 if architecture in WIDE_HEADS else 32,
         "hook_attn_out": 32,
         "hook_resid_mid": 32,
+        "mlp.hook_in": 32,
         "mlp.hook_post": 72,
         "hook_mlp_out": 32,
         "hook_resid_post": 32,

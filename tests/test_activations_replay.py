@@ -27,6 +27,7 @@ HOOKS = [
     "blocks.1.hook_attn_out",
     "blocks.1.attn.hook_z",
     "blocks.1.hook_resid_mid",
+    "blocks.1.mlp.hook_in",
     "blocks.1.mlp.hook_post",
     "blocks.2.hook_resid_post",
 ]
