@@ -7,13 +7,14 @@ from typing import Any
 
 from activations.errors import InputError
 from activations.files import read_json
-from activations.loading import HUB_DEADLINE, hub_revision, within
+from activations.loading import hub_revision, within
 from sae.formats import saelens
 from sae.formats.card import model_card
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder
 
 PREFIX = "hf:"
+SECONDS = 5.0  # to wait for the hub: with the imports a command fails within ten
 CONFIGS = ("cfg.json", "config.json", "hyperparams.json", saelens.SCALER)
 _NAME = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]*[^@/]))?/?(?:@(?P<revision>.+))?")
 
@@ -73,7 +74,7 @@ def _download(name: str, repository: str, revision: str | None, files: list[str]
     )
 
     try:
-        commit = within(HUB_DEADLINE, lambda: hub_revision(repository, revision))
+        commit = within(SECONDS, lambda: hub_revision(repository, revision))
         folder = snapshot_download(
             repository, revision=commit or revision, local_files_only=commit is None, allow_patterns=files
         )
@@ -128,7 +129,7 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
 
     api = HfApi()
     try:
-        if within(HUB_DEADLINE, api.whoami) is None:
+        if within(SECONDS, api.whoami) is None:
             raise OSError("no answer")
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="SAE")

@@ -96,7 +96,7 @@ def check_tensors(
     numeric = all(isinstance(tensor, Tensor) and not tensor.is_complex() for tensor in tensors.values())
     if found != dict(shapes) or not numeric:
         raise InputError(f"{path} holds {found}, where {promised_by} promises {dict(shapes)}.")
-    plain = {name: tensor.float() for name, tensor in tensors.items()}
+    plain = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     if not all(bool(torch.isfinite(tensor).all()) for tensor in plain.values()):
         raise InputError(f"{path} is corrupt: it holds values that are not finite.")
     return plain

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -248,7 +247,7 @@ def _one_threshold(content: dict[str, Any], d_sae: int) -> None:
     threshold = content.get("topk_threshold")
     if isinstance(threshold, Tensor) and threshold.numel() == 1:
         del content["topk_threshold"]
-        content["threshold"] = threshold.float().reshape(()).expand(d_sae).contiguous()
+        content["threshold"] = threshold.float().reshape(()).expand(d_sae)
 
 
 def _without_ones(content: dict[str, Any]) -> dict[str, Any]:
