@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -90,8 +91,6 @@ class Hub:
 
 
 def response(status: int) -> Any:
-    import httpx
-
     return httpx.Response(status, request=httpx.Request("GET", "https://hub.example"))
 
 
@@ -166,6 +165,15 @@ def test_offline_the_cache_serves(hub: Hub) -> None:
     )
 
 
+def test_a_connection_that_breaks(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise httpx.ReadError("connection reset.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    name = "hf:google/gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_4"
+    assert refusal(name) == f"{name} cannot be downloaded (connection reset): try again."
+
+
 def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_module.SECONDS <= 6  # so that with the imports a command fails within ten
     monkeypatch.setattr(hub_module, "SECONDS", 0.2)
@@ -176,7 +184,10 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.Monk
     random_sae("topk").save(hub.cache / "sae")
     with pytest.raises(InputError) as caught:
         push(hub.cache / "sae", "me/mine")
-    assert str(caught.value) == "The Hugging Face hub cannot be reached: nothing was uploaded."
+    assert str(caught.value) == (
+        "me/mine was not uploaded (no answer within 0.2 seconds): check the connection and your rights there, and try"
+        " again."
+    )
     assert time.monotonic() - start < 10
 
 
@@ -191,6 +202,9 @@ EVALUATION = {
     "alive_fraction": None,
     "controls": {},
 }
+
+
+ADVICE = ": check the connection and your rights there, and try again."
 
 
 @pytest.fixture
@@ -254,10 +268,10 @@ def test_an_sae_of_another_format_is_pushed_in_ours(hub: Hub, tmp_path: Path) ->
             LocalTokenNotFoundError("none"),
             "Nobody is logged in to the Hugging Face hub here: run 'hf auth login' first.",
         ),
-        (OSError("no network"), "The Hugging Face hub cannot be reached: nothing was uploaded."),
+        (httpx.ConnectError("no network"), f"me/mine was not uploaded (no network){ADVICE}"),
         (
             HfHubHTTPError("403 Forbidden.\nmore", response=response(403)),
-            "The Hugging Face hub refuses me/mine (403 Forbidden).",
+            f"me/mine was not uploaded (403 Forbidden){ADVICE}",
         ),
     ],
     ids=["nobody", "offline", "forbidden"],

@@ -94,6 +94,8 @@ def _download(name: str, repository: str, revision: str | None, files: list[str]
             f"{name} is not in the local cache, and the Hugging Face hub cannot be reached: download it where there is"
             " a connection, and give the path of its folder."
         ) from None
+    except Exception as error:  # of whichever library carries the connection
+        raise InputError(f"{name} cannot be downloaded ({_reason(error)}): try again.") from None
     return Path(folder)
 
 
@@ -125,12 +127,12 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
 
 def _upload(folder: Path, repository: str, private: bool) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
         if within(SECONDS, api.whoami) is None:
-            raise OSError("no answer")
+            raise TimeoutError(f"no answer within {SECONDS:g} seconds")
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="SAE")
     except HFValidationError:
@@ -139,9 +141,12 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
         raise InputError(
             "Nobody is logged in to the Hugging Face hub here: run 'hf auth login' first."
         ) from None
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"The Hugging Face hub refuses {repository} ({reason}).") from None
-    except OSError:
-        raise InputError("The Hugging Face hub cannot be reached: nothing was uploaded.") from None
+    except Exception as error:  # of whichever library carries the connection
+        raise InputError(
+            f"{repository} was not uploaded ({_reason(error)}): check the connection and your rights there, and try again."
+        ) from None
     return str(address)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
