@@ -44,17 +44,19 @@ def test_kernels_compile(tmp_path: Path) -> None:
 def test_kernels_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    run_checks("kernel_checks.py", TRITON_INTERPRET="0")
+    run_checks("kernel_checks.py", TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_a_step_does_not_wait_for_the_device(
-    architecture: ArchitectureName, kernels: Literal["torch", "triton"]
+    architecture: ArchitectureName, kernels: Literal["torch", "triton"], request: pytest.FixtureRequest
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    torch.use_deterministic_algorithms(False)  # which may wait
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(True))
     sae = SAEConfig(architecture=architecture, d_sae=4096, k=8)
     config = TrainConfig(tokens=256_000, batch_tokens=256, kernels=kernels, sae=sae)
     trainer = Trainer(config, Scaling(torch.zeros(64, device="cuda"), 1.0))

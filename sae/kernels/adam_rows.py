@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sae.kernels.launch import padded, warps
+from sae.kernels.launch import on, padded, warps
 
 
 @triton.jit
@@ -83,22 +83,23 @@ def adam_rows(
     n, d = rows.shape
     beta1, beta2 = betas
     block = padded(d)
-    _adam_rows[(n,)](
-        rows,
-        gradient,
-        mean,
-        square,
-        d,
-        learning_rate / (1 - beta1**step),
-        (1 - beta2**step) ** 0.5,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        epsilon,
-        UNIT=unit,
-        BLOCK=block,
-        num_warps=warps(block),
-    )
+    with on(rows):
+        _adam_rows[(n,)](
+            rows,
+            gradient,
+            mean,
+            square,
+            d,
+            learning_rate / (1 - beta1**step),
+            (1 - beta2**step) ** 0.5,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            epsilon,
+            UNIT=unit,
+            BLOCK=block,
+            num_warps=warps(block),
+        )
 
 
 class RowAdam(Optimizer):

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.codes import Pattern
-from sae.kernels.launch import padded, warps
+from sae.kernels.launch import on, padded, warps
 
 FUSED_K = 256
 _TILE = 4_096  # numbers of gathered rows that a program holds
@@ -158,20 +158,21 @@ def error_and_dots(
     if error.numel():
         height = padded(k)
         columns = columns_of(d, height)
-        _error_and_dots[(n,)](
-            values.contiguous(),
-            pattern.indices.contiguous(),
-            decoder.contiguous(),
-            b_dec,
-            goal.contiguous(),
-            error,
-            dots,
-            k,
-            d,
-            K=height,
-            COLUMNS=columns,
-            num_warps=warps(height * columns),
-        )
+        with on(error):
+            _error_and_dots[(n,)](
+                values.contiguous(),
+                pattern.indices.contiguous(),
+                decoder.contiguous(),
+                b_dec,
+                goal.contiguous(),
+                error,
+                dots,
+                k,
+                d,
+                K=height,
+                COLUMNS=columns,
+                num_warps=warps(height * columns),
+            )
     return error, dots
 
 
@@ -193,18 +194,19 @@ def gather_sum(values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
     out = torch.empty(n, d, dtype=values.dtype, device=values.device)
     if out.numel():
         columns = min(padded(d), 2 * _COLUMNS)
-        _gather_sum[(n, triton.cdiv(d, columns))](
-            values.contiguous(),
-            pattern.indices.contiguous(),
-            pattern.row_offsets,
-            table.contiguous(),
-            out,
-            pattern.indices.shape[-1],
-            d,
-            CHUNK=_CHUNK,
-            COLUMNS=columns,
-            num_warps=warps(_CHUNK * columns),
-        )
+        with on(out):
+            _gather_sum[(n, triton.cdiv(d, columns))](
+                values.contiguous(),
+                pattern.indices.contiguous(),
+                pattern.row_offsets,
+                table.contiguous(),
+                out,
+                pattern.indices.shape[-1],
+                d,
+                CHUNK=_CHUNK,
+                COLUMNS=columns,
+                num_warps=warps(_CHUNK * columns),
+            )
     return out
 
 
@@ -221,16 +223,17 @@ def gathered_dots(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
     dots = torch.empty(pattern.indices.shape, dtype=left.dtype, device=left.device)
     if dots.numel():
         columns = min(padded(d), 2 * _COLUMNS)
-        _gathered_dots[(pattern.n_rows,)](
-            left.contiguous(),
-            pattern.indices.contiguous(),
-            pattern.row_offsets,
-            right.contiguous(),
-            dots,
-            pattern.indices.shape[-1],
-            d,
-            CHUNK=_CHUNK,
-            COLUMNS=columns,
-            num_warps=warps(_CHUNK * columns),
-        )
+        with on(dots):
+            _gathered_dots[(pattern.n_rows,)](
+                left.contiguous(),
+                pattern.indices.contiguous(),
+                pattern.row_offsets,
+                right.contiguous(),
+                dots,
+                pattern.indices.shape[-1],
+                d,
+                CHUNK=_CHUNK,
+                COLUMNS=columns,
+                num_warps=warps(_CHUNK * columns),
+            )
     return dots

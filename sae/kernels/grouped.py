@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.codes import Transposed
-from sae.kernels.launch import padded, warps
+from sae.kernels.launch import on, padded, warps
 
 _CHUNK = 8  # entries at a time: n·k/d_sae, of which there are 8 and 4 in the shapes that we aim at
 _COLUMNS = 256
@@ -69,17 +69,18 @@ def weighted_sums(transposed: Transposed, table: Tensor, weights: Tensor) -> Ten
     d_sae, d = len(transposed.counts), table.shape[1]
     out = torch.empty(d_sae, d, dtype=weights.dtype, device=table.device)
     columns = min(padded(d), _COLUMNS)
-    _weighted_sums[(d_sae, triton.cdiv(d, columns))](
-        transposed.order,
-        transposed.rows,
-        transposed.offsets,
-        transposed.counts,
-        weights.contiguous(),
-        table.contiguous(),
-        out,
-        d,
-        CHUNK=_CHUNK,
-        COLUMNS=columns,
-        num_warps=warps(_CHUNK * columns),
-    )
+    with on(out):
+        _weighted_sums[(d_sae, triton.cdiv(d, columns))](
+            transposed.order,
+            transposed.rows,
+            transposed.offsets,
+            transposed.counts,
+            weights.contiguous(),
+            table.contiguous(),
+            out,
+            d,
+            CHUNK=_CHUNK,
+            COLUMNS=columns,
+            num_warps=warps(_CHUNK * columns),
+        )
     return out

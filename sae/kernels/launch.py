@@ -1,4 +1,14 @@
-"""Sizes of launches: Triton works on blocks whose sides are powers of two."""
+"""Launches: Triton works on blocks whose sides are powers of two, and on the current device."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of the tensor the current one, to which Triton launches whatever it is given."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def padded(n: int) -> int:

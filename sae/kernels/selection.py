@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.kernels.launch import padded, warps
+from sae.kernels.launch import on, padded, warps
 
 _LONGEST = 8_192  # keys of one program: 16 in each of 512 threads
 _ONE_ROUND = 2_048  # so many keys are selected from at once: a tournament would not make them fewer by much
@@ -124,7 +124,8 @@ def topk(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
     maxima = torch.empty(rows, n_runs, dtype=torch.int32, device=tile.device)
     per_program = max(_TILE // run, 1)
     grid = (rows, triton.cdiv(n_runs, per_program))
-    _run_maxima[grid](tile, maxima, width, n_runs, RUN=run, RUNS=per_program, num_warps=warps(_TILE))
+    with on(tile):
+        _run_maxima[grid](tile, maxima, width, n_runs, RUN=run, RUNS=per_program, num_warps=warps(_TILE))
     winners = torch.empty_like(indices)
     _launch(maxima, None, None, winners, n_runs, 1, rounds)
     _launch(tile, winners, values, indices, k * run, run, rounds)
@@ -142,19 +143,20 @@ def _launch(
 ) -> None:
     (rows, width), k = source.shape, indices.shape[1]
     block = padded(n_candidates)
-    _select[(rows,)](
-        source,
-        winners,
-        values,
-        indices,
-        width,
-        n_candidates,
-        k,
-        RUN=run,
-        ROUNDS=rounds,
-        BLOCK=block,
-        num_warps=warps(block),
-    )
+    with on(source):
+        _select[(rows,)](
+            source,
+            winners,
+            values,
+            indices,
+            width,
+            n_candidates,
+            k,
+            RUN=run,
+            ROUNDS=rounds,
+            BLOCK=block,
+            num_warps=warps(block),
+        )
 
 
 def supported(tile: Tensor, k: int) -> bool:
