@@ -143,7 +143,8 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
         ) from None
     except Exception as error:  # of whichever library carries the connection
         raise InputError(
-            f"{repository} was not uploaded ({_reason(error)}): check the connection and your rights there, and try again."
+            f"{repository} was not uploaded ({_reason(error)}): check the connection and your rights there, and"
+            " try again."
         ) from None
     return str(address)
 
