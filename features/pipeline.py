@@ -174,6 +174,8 @@ class Pipeline:
         needed: list[tuple[Split, int]] = [("test", self.sizes.test_tokens)]
         if self.store is None:
             needed.append(("train", self.config.resolved_tokens()))
+        if beside is not None and (beside.run.tokens / "score").is_dir():
+            needed.append(("score", self.sizes.score_tokens))
         missing = [
             (split, n_tokens)
             for split, n_tokens in needed

@@ -14,6 +14,7 @@ the other reads it; a single group is trained as the model reads. Each SAE has t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +128,8 @@ class Sweep:
         """
         self.check()
         self._first.start()
+        with suppress(InputError):  # some texts have no such split
+            self._first.tokens("score", self._first.sizes.score_tokens)
         for run in self.runs.values():
             if run is not self._first:
                 run.start(beside=self._first)

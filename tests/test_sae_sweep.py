@@ -5,12 +5,14 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from activations.corpus import CorpusConfig
 from activations.errors import InputError
@@ -19,8 +21,11 @@ from features.pipeline import Pipeline
 from features.sweep import Sweep
 from sae.architectures.registry import ARCHITECTURES
 from sae.config import SAEConfig, TrainConfig
+from sae.find import find_sparsity_weight
 from sae.pareto import Measured, pareto_front
+from sae.scaling import Scaling
 from sae.sweep import SweepConfig, grid_from_words
+from sae.train import Run, train
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -295,3 +300,76 @@ def test_killed_sweeps_end_in_the_same_bits(
     sweep(folder)
     assert weights(folder) == weights(tmp_path / "whole")
     assert len(weights(folder)) == 2 * len(hooks)
+
+
+@pytest.mark.parametrize("exponent", [-0.7, -1.5, -3.0])
+@pytest.mark.parametrize("target", [4.0, 32.0, 200.0])
+def test_a_power_law_is_found_and_the_change_with_length_is_counted(exponent: float, target: float) -> None:
+    """L0 = c · λ^exponent, where both depend on the length of the training as was measured."""
+    change = {1 / 16: 1.5, 1 / 4: 1.2, 1.0: 1.2 * (1.2 / 1.5) ** (1 / 3)}
+    steeper = {1 / 16: 1.0, 1 / 4: 1.11, 1.0: 1.18}
+
+    def l0(weight: float, part: float) -> float:
+        return target * (weight / 3) ** (exponent * steeper[part]) * change[part]
+
+    found = find_sparsity_weight(l0, target, start=5.0)
+    assert l0(found.sparsity_weight, 1.0) == pytest.approx(target, rel=0.06)
+    assert len(found.trials) <= 10
+    assert all(trial.l0 == l0(trial.sparsity_weight, trial.part) for trial in found.trials)
+
+
+def test_what_no_weight_gives_is_refused() -> None:
+    with pytest.raises(InputError) as refused:
+        find_sparsity_weight(lambda weight, part: 50.0, 32.0, start=1.0)
+    assert str(refused.value) == (
+        "8 short trainings found no sparsity weight for an L0 of 32 (8.61e+04 gave 50, 6.88e+05 gave 50): give more"
+        " tokens, or another L0."
+    )
+
+
+class Overcomplete:
+    """Sparse sums of 512 directions in 32 dimensions, rarer and rarer: no SAE of 64 features explains all of it."""
+
+    def __init__(self, n_batches: int, batch: int = 64) -> None:
+        self.batch = batch
+        generator = torch.Generator().manual_seed(0)
+        self.directions = torch.nn.functional.normalize(torch.randn(512, 32, generator=generator), dim=1)
+        self.rates = 0.5 / (1 + torch.arange(512))
+        self.n_batches, self.done = n_batches, 0
+
+    def make(self, number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 + number)
+        fires = torch.rand(self.batch, 512, generator=generator) < self.rates
+        return (fires * (0.5 + torch.rand(self.batch, 512, generator=generator))) @ self.directions
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self.done < self.n_batches:
+            self.done += 1
+            yield self.make(self.done)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+def test_the_weight_that_is_found_gives_the_l0_in_the_whole_training(tmp_path: Path) -> None:
+    """To 10%, as the mean over the end of the training."""
+    target = 8.0
+    base = TrainConfig(tokens=200_000, sae=SAEConfig(architecture="relu", d_sae=64))
+    sample = torch.cat([Overcomplete(0).make(number) for number in range(20)])
+    mean = sample.mean(0)
+    scaling = Scaling(mean, float((32 / (sample - mean).square().sum(1).mean()).sqrt()))
+
+    def measure(weight: float, part: float) -> float:
+        sae = replace(base.sae, sparsity_weight=weight)
+        config = replace(base, tokens=int(base.resolved_tokens() * part), sae=sae)
+        folder = tmp_path / f"{weight}-{part}"
+        batches = Overcomplete(config.n_steps(), config.resolved_batch_tokens())
+        train(Run(config, folder), batches, scaling)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return float(np.mean([line["l0"] for line in lines[-len(lines) // 10 :]]))
+
+    found = find_sparsity_weight(measure, target, start=2.0)
+    assert measure(found.sparsity_weight, 1.0) == pytest.approx(target, rel=0.1)

@@ -1,5 +1,6 @@
 """``sae sweep``: many SAEs from one pass over the activations, compared."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
+from activations.errors import InputError
 from app.cli.arguments import parse
 from sae.config import TrainConfig
 from sae.sweep import SWEEP_FILE, SweepConfig, grid_from_words
@@ -32,6 +34,8 @@ class Arguments:
     """A TOML file as sweep.toml in the folder of a sweep: a run's settings, [[grid]] and [[run]] tables."""
     grid: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """FIELD=VALUE,VALUE,… [FIELD=…]: all combinations are trained; may be given several times."""
+    find: str | None = None
+    """l0=NUMBER: instead of a grid, find by short trainings the sparsity weight that ends with this L0."""
     keep_activations: bool = False
     """Write the activations to the sweep's folder, and leave them there for further runs."""
     dry_run: bool = False
@@ -44,6 +48,9 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "sweep", arguments)
+    if given.find is not None:
+        _find(given, arguments)
+        return
     config = SweepConfig(given.train)
     if given.file is not None:
         config = SweepConfig.read(given.file)
@@ -76,6 +83,49 @@ def main(arguments: Sequence[str]) -> None:
         f" {given.out}/{next(iter(sweep.runs))}",
         soft_wrap=True,
     )
+
+
+def _find(given: Arguments, arguments: Sequence[str]) -> None:
+    """Look for the sparsity weight of one training, and say with which command to use it."""
+    name, _, value = (given.find or "").partition("=")
+    if name != "l0" or not _is_number(value):
+        raise InputError(f"--find takes l0=NUMBER, and {given.find!r} is not of that form.")
+    if given.grid or given.file is not None or given.keep_activations or given.dry_run:
+        raise InputError(
+            "--find looks for one training's sparsity weight: give its settings as for sae train."
+        )
+    from app.cli.live import TrainingView
+    from app.cli.terminal import console, stage, table
+    from features.find import L0Search
+
+    search = L0Search(given.out, given.train, float(value), progress=TrainingView().progress)
+    stage(f"Looking for an L0 of {float(value):g} after {search.config.tokens_read():,} tokens")
+    found = search.find()
+    rows = [[f"{t.sparsity_weight:.4g}", f"1/{1 / t.part:.0f}", f"{t.l0:.4g}"] for t in found.trials]
+    table(["sparsity weight", "of the tokens", "L0"], rows)
+    weight = f"{found.sparsity_weight:.4g}"
+    console.print(f"\nFor an L0 of {float(value):g} on training text at the end of the whole training:")
+    words = _without(arguments, "--find", "--out", "--sparsity-weight")
+    console.print(f"  sae train --out RUN --sparsity-weight {weight} {shlex.join(words)}", soft_wrap=True)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def _without(arguments: Sequence[str], *flags: str) -> list[str]:
+    """The words that were typed, less these flags and their values."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word.replace("_", "-") in flags:
+            next(words, None)
+        elif word.partition("=")[0].replace("_", "-") not in flags:
+            kept.append(word)
+    return kept
 
 
 def _announce(sweep: "Sweep") -> None:
