@@ -224,6 +224,8 @@ class TrainConfig:
     """What computes the sparse part of a step: PyTorch's operators, or Triton kernels (CUDA only; not timed yet)."""
     product: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder product, and with triton of gathered rows; weights and sums stay in float32."""
+    checkpoint_every: int | None = None
+    """Tokens between two checkpoints, the most that an interrupted run repeats; by default a tenth of the run."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl; tensorboard writes into the run folder."""
     seed: int = 0
@@ -255,7 +257,7 @@ class TrainConfig:
         ):
             if seed < 0:
                 raise InputError(f"{name} is {seed}, and must not be negative.")
-        for name in ("batch_tokens", "buffer_tokens", "resample_every"):
+        for name in ("batch_tokens", "buffer_tokens", "resample_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, and must be at least 1.")
@@ -297,7 +299,7 @@ class TrainConfig:
             raise InputError(f"ema is {self.ema}, and must be at least 0 and below 1.")
 
     def resolved(self) -> "TrainConfig":
-        """The same training with everything worked out that was left open; where it is logged does not belong to it."""
+        """The same training with everything worked out that was left open, and without what does not change the SAE."""
         return replace(
             self,
             sae=self.resolved_sae(),
@@ -309,6 +311,7 @@ class TrainConfig:
             decay=self.resolved_decay(),
             clip_norm=self.resolved_clip_norm(),
             init_b_dec=self.resolved_init_b_dec(),
+            checkpoint_every=None,
             log_to=(),
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from activations.errors import InputError
-from activations.files import write_bytes
+from activations.files import append_line, write_bytes
 from sae.architectures.base import Loss
 from sae.readback import Readback
 from sae.sinks import Sink
@@ -123,8 +123,7 @@ class MetricsLog:
             **line.facts["held_out"],
         }
         self._refuse_divergence(values, power, line.facts)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_line(self.path, json.dumps(values) + "\n")
         self._last = values
         for sink in self._sinks:
             sink(values)

@@ -262,6 +262,9 @@ class _Training:
         if checkpoint is not None:
             self.log.load_state(checkpoint.tensors, checkpoint.plain["log"], self.trainer.device)
         self._log_every = max(self.trainer.n_steps // LOG_LINES, 1)
+        self._checkpoint_every = self._log_every * CHECKPOINT_EVERY_LINES
+        if run.config.checkpoint_every is not None:
+            self._checkpoint_every = max(run.config.checkpoint_every // run.config.resolved_batch_tokens(), 1)
 
     def step(self, x: Tensor, y: Tensor, power: Tensor, batches: Batches) -> None:
         """One step, with the line and the checkpoint that are due after it.
@@ -277,7 +280,7 @@ class _Training:
         if log:
             held_out = last or line % HELD_OUT_EVERY_LINES == 0
             self.log.close_line(trainer, self._measure_held_out() if held_out else {})
-        if within == 0 and line % CHECKPOINT_EVERY_LINES == 0 and not last:
+        if trainer.steps_done % self._checkpoint_every == 0 and not last:
             self.save(batches)
 
     def _measure_held_out(self) -> dict[str, float]:

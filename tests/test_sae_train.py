@@ -136,6 +136,22 @@ def test_equal_settings_are_not_trained_again(tmp_path: Path) -> None:
     assert train(same, PlantedBatches(20, dies_after=0), scaling).hash == first.hash
 
 
+def test_checkpoints_are_as_many_tokens_apart_as_asked_for(tmp_path: Path) -> None:
+    """Also between two lines of the log; and that changes nothing in what comes out."""
+    scaling = moments(PlantedBatches(1))
+    settings = config(steps=400)
+    expected = train(Run(settings, tmp_path / "whole"), PlantedBatches(400), scaling)
+    often = replace(settings, checkpoint_every=7 * 64)
+    with pytest.raises(Killed):
+        train(Run(often, tmp_path / "cut"), PlantedBatches(400, dies_after=51), scaling)
+    found = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert [int(name) for name in found] == [42 * 64, 49 * 64]
+    assert train(Run(settings, tmp_path / "cut"), PlantedBatches(400), scaling).hash == expected.hash
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused_with_what_differs(tmp_path: Path, finished: bool) -> None:
     scaling = moments(PlantedBatches(1))

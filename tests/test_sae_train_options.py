@@ -443,6 +443,7 @@ def test_presets_choose_what_is_left_open_and_nothing_else() -> None:
         ({"warmup": -0.1}, "warmup is -0.1 and decay"),
         ({"clip_norm": -1.0}, "clip_norm is -1.0, and must not be negative."),
         ({"ema": 1.0}, "ema is 1.0, and must be at least 0 and below 1."),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0, and must be at least 1."),
         ({"resample_every": 0}, "resample_every is 0, and must be at least 1."),
         ({"order_seed": -1}, "order_seed is -1, and must not be negative."),
         ({"hook_out": "blocks.3.hook_resid_post"}, "hook_out and hook_name are both blocks.3.hook_resid_post"),
