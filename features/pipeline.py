@@ -279,6 +279,7 @@ class Pipeline:
     def train(self, watch: Watch | None = None) -> SparseAutoencoder:
         """Train the SAE, or load it; ``watch`` hears the lines of ``metrics.jsonl``."""
         if self.is_trained:
+            shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # a kill in the last moment may have left some
             return self.sae()
         source = self.live_source() if self._live else self.stored_source(self.capture())
         run = Run(self.config, self.run.path, self.metadata(source.exclusions), self.training_inputs)
