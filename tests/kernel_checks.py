@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +23,19 @@ from sae.scaling import Scaling
 from sae.trainer import Trainer
 
 DEVICE = "cpu" if choice.interpreted() else "cuda"
-few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+few = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(autouse=True)
+def no_dense_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they would serve all of our tiny shapes."""
+    monkeypatch.setattr(choice, "dense_is_faster", lambda *_: False)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,7 +56,7 @@ def dense(values: Tensor, pattern: Pattern) -> Tensor:
     return SparseCodes(pattern, values.double()).to_dense()
 
 
-SHAPES = [(9, 70, 120, 16), (33, 3, 16, 1), (5, 64, 200, 7), (1, 33, 64, 16), (6, 1, 20, 3)]  # n, d, d_sae, k
+SHAPES = [(9, 70, 120, 16), (17, 3, 16, 1), (5, 64, 90, 7), (1, 33, 64, 16), (6, 1, 20, 3)]  # n, d, d_sae, k
 
 
 # ---- selection
@@ -256,16 +268,15 @@ def test_kernels_serve_only_where_they_were_asked_for() -> None:
     assert sparse.TORCH.topk(table, 2)[0].shape == (20, 2)
 
 
-@pytest.mark.parametrize("unit", [True, False])
-def test_a_run_with_kernels_follows_a_run_without(unit: bool) -> None:
+def test_a_run_with_kernels_follows_a_run_without() -> None:
     """Four steps, the last two with dead features; to the precision of float32."""
-    x = random(6, 10) * 2
+    x = random(5, 10) * 2
     config = TrainConfig(
-        tokens=600,
-        batch_tokens=6,
+        tokens=500,
+        batch_tokens=5,
         learning_rate=0.01,
         kernels="triton",
-        sae=SAEConfig(d_sae=24, k=3, unit_decoder=unit),
+        sae=SAEConfig(d_sae=16, k=3),
     )
     trainers = [
         Trainer(chosen, Scaling(torch.zeros(10, device=DEVICE), 1.0))
@@ -274,7 +285,7 @@ def test_a_run_with_kernels_follows_a_run_without(unit: bool) -> None:
     for trainer in trainers:
         for step in range(4):
             if step == 2:
-                trainer.dead.silent_tokens[:8] = trainer.dead.window + 1
+                trainer.dead.silent_tokens[:6] = trainer.dead.window + 1
                 trainer.dead.refresh()
             trainer.step(x, x, measure=step % 2 == 1)
     ours, theirs = trainers
@@ -302,7 +313,7 @@ def test_a_bfloat16_product_rounds_what_is_multiplied_and_gathered() -> None:
         assert codes.values.dtype == error.dtype == torch.float32
         order = codes.indices.sort(1)
         close(codes.values.gather(1, order.indices), expected.relu())
-        if name == "triton" or places.numel() == order.values.numel() == 0:
+        if name == "triton":  # torch.topk breaks ties as it likes
             assert torch.equal(order.values, places)
         table = w.W_dec.bfloat16() if name == "triton" else w.W_dec
         close(error, dense(codes.values, codes.pattern) @ table.double() + w.b_dec - x)
