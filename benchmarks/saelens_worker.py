@@ -1,113 +1,80 @@
-"""SAELens' side of ``train_step.py``: trains its TopK SAE one step at a time, as told over pipes.
+"""SAELens' side of ``train_step.py``: ``SAETrainer.step`` (see ``worker.py``)."""
 
-Runs in the environment that ``peers.py`` makes, and knows nothing of our packages. One JSON object per line:
-
-    {"open": FILE, "d_sae": 4096, "k": 32, "n_dead": 0, "threads": 2}   answers the setting it found fastest
-    {"step": I}                                  one step on batch I of FILE; answers the seconds it took
-"""
-
-import json
-import logging
-import os
-import statistics
-import sys
-import time
-import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import sae_lens
 import torch
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import load_file
+from worker import Job, Run, serve
 
-# Every documented setting that keeps the step in float32 (sparse activations cannot be combined with rescaling:
-# their backward pass raises).
-SETTINGS: dict[str, dict[str, bool]] = {
-    "default": {},
-    "no rescaling": {"rescale_acts_by_decoder_norm": False},
-    "sparse activations, no rescaling": {
-        "rescale_acts_by_decoder_norm": False,
-        "use_sparse_activations": True,
-    },
-    "compile_sae": {"compile_sae": True},
+CLASSES: dict[str, tuple[type, type]] = {
+    "topk": (TopKTrainingSAEConfig, TopKTrainingSAE),
+    "batch_topk": (BatchTopKTrainingSAEConfig, BatchTopKTrainingSAE),
+    "matryoshka": (MatryoshkaBatchTopKTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAE),
+    "jumprelu": (JumpReLUTrainingSAEConfig, JumpReLUTrainingSAE),
+    "relu": (StandardTrainingSAEConfig, StandardTrainingSAE),
+}
+ANTHROPIC = {
+    "jumprelu_sparsity_loss_mode": "tanh",
+    "jumprelu_ste_to_input": True,
+    "pre_act_loss_coefficient": 3e-6,
+    "jumprelu_bandwidth": 2.0,
+    "jumprelu_init_threshold": 0.1,
 }
 
 
-class Run:
+class SAELensRun:
     """One SAELens training run over fixed batches."""
 
-    def __init__(
-        self,
-        batches: list[torch.Tensor],
-        d_sae: int,
-        k: int,
-        n_dead: int,
-        compile_sae: bool = False,
-        **flags: bool,
-    ) -> None:
-        n, d_in = batches[0].shape
-        self.batches, self.n_dead = batches, n_dead
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, **flags))
+    def __init__(self, job: Job, flags: dict[str, Any], compile_sae: bool = False) -> None:
+        make_config, make_sae = CLASSES[job.architecture]
+        sae = make_sae(make_config(d_in=job.d_in, d_sae=job.d_sae, **flags))
         if compile_sae:  # as SAELens' own runner does it for compile_sae=True
             sae.training_forward_pass = torch.compile(sae.training_forward_pass)
         config = SAETrainerConfig(
-            total_training_samples=100_000 * n, train_batch_size_samples=n, lr=1e-4, lr_end=1e-4
+            total_training_samples=100_000 * job.n, train_batch_size_samples=job.n, lr=1e-4, lr_end=1e-4
         )
-        self.trainer = SAETrainer(config, sae, data_provider=iter(batches))
+        self.trainer, self.n_dead = SAETrainer(config, sae, data_provider=iter(())), job.n_dead
 
-    def step(self, batch: int) -> float:
-        """Seconds of one training step in which the first ``n_dead`` features count as dead."""
+    def step(self, x: torch.Tensor) -> None:
+        """See :class:`worker.Run`."""
         self.trainer.n_forward_passes_since_fired[: self.n_dead] = self.trainer.cfg.dead_feature_window + 1
-        started = time.perf_counter()
-        self.trainer.step(self.batches[batch])
+        self.trainer.step(x)
         self.trainer.n_training_steps += 1
-        return time.perf_counter() - started
 
 
-def fastest(
-    batches: list[torch.Tensor], d_sae: int, k: int, n_dead: int
-) -> tuple[Run, str, dict[str, float | str]]:
-    """The run with the quickest setting, its name, and what each setting took (or why it could not run)."""
-    tried: dict[str, float | str] = {}
-    runs: dict[str, Run] = {}
-    for name, flags in SETTINGS.items():
-        try:
-            run = Run(batches, d_sae, k, n_dead, **flags)
-            tried[name] = statistics.median([run.step(i % len(batches)) for i in range(7)][2:])
-            runs[name] = run
-        except Exception as error:
-            tried[name] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else repr(error)
-            )
-    if not runs:
-        raise SystemExit(f"SAELens ran with none of its settings: {tried}")
-    best = min(runs, key=lambda name: float(tried[name]))
-    return runs[best], best, tried
+def settings(job: Job) -> dict[str, Callable[[], Run]]:
+    """Documented settings that keep the step in float32.
 
-
-def main() -> None:
-    """Answer commands until the pipe closes."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the library prints must not get between the answers
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # torch.compile explains every graph break
-    run: Run | None = None
-    for line in sys.stdin:
-        command: dict[str, Any] = json.loads(line)
-        if "open" in command:
-            torch.set_num_threads(command["threads"])
-            torch.manual_seed(0)
-            batches = list(load_file(command["open"])["batches"])
-            run, setting, tried = fastest(batches, command["d_sae"], command["k"], command["n_dead"])
-            versions = {"sae-lens": sae_lens.__version__, "torch": torch.__version__}
-            answer: dict[str, Any] = {"setting": setting, "tried": tried, "versions": versions}
-        else:
-            assert run is not None
-            answer = {"seconds": run.step(command["step"])}
-        answers.write(json.dumps(answer) + "\n")
+    Sparse activations cannot be combined with rescaling: their backward pass raises.
+    """
+    flags: dict[str, Any] = {"k": job.k} if job.architecture in ("topk", "batch_topk", "matryoshka") else {}
+    if job.architecture == "matryoshka":
+        flags["matryoshka_widths"] = job.widths
+    if job.architecture == "jumprelu":
+        flags = ANTHROPIC
+    found: dict[str, Callable[[], Run]] = {
+        "default": partial(SAELensRun, job, flags),
+        "compile_sae": partial(SAELensRun, job, flags, compile_sae=True),
+    }
+    if "k" in flags:
+        plain = {**flags, "rescale_acts_by_decoder_norm": False}
+        found["no rescaling"] = partial(SAELensRun, job, plain)
+        found["sparse activations, no rescaling"] = partial(
+            SAELensRun, job, {**plain, "use_sparse_activations": True}
+        )
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    serve(settings, "sae-lens")

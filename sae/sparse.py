@@ -23,7 +23,7 @@ from sae.kernels.choice import Kernels, narrow, selecting, serving
 from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
-_TILE_BYTES = 32 << 20  # of pre-activations: selection then reads them from the cache
+_TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
 _RUNS, _LATER_RUNS = 8, 4
 _COLUMN = 0xFFFFFFFF  # the part of a key that holds the column
 
