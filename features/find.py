@@ -16,9 +16,10 @@ from activations.progress import Progress, silent
 from activations.store import HookActivations
 from features.pipeline import Pipeline
 from sae.config import SPARSITY_WEIGHTS, TrainConfig
-from sae.find import LONG, Found, find_sparsity_weight
+from sae.find import LONG, SHORT, Found, find_sparsity_weight
 from sae.train import Run, train
 
+LEAST_STEPS = 100  # of a trial
 TAIL = 0.1  # of a trial, at its end, over which its L0 is measured
 
 
@@ -58,6 +59,12 @@ class L0Search:
         self.folder, self.target_l0, self.progress = Path(folder), target_l0, progress
         whole = Pipeline(self.folder / "text", config, model=model).config
         self.config = replace(whole, tokens=whole.resolved_tokens())
+        steps = self._part(SHORT).n_steps()
+        if steps < LEAST_STEPS:
+            raise InputError(
+                f"A training of {self.config.tokens_read():,} tokens is too short to try {SHORT:g} of it, which has"
+                f" {steps} steps and needs {LEAST_STEPS}: give more tokens, or fewer --batch-tokens."
+            )
         self.text = Pipeline(
             self.folder / "text",
             self._part(LONG),

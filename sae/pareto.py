@@ -126,7 +126,8 @@ def pareto_figure(points: Sequence[Measured], title: str) -> "go.Figure":
 
 def write_pareto(path: Path, points: Sequence[Measured], title: str) -> None:
     """Write :func:`pareto_figure` as one HTML file that needs no network."""
-    html = pareto_figure(points, title).to_html(include_plotlyjs=True, config={"displaylogo": False})
+    figure = pareto_figure(points, title)
+    html = figure.to_html(include_plotlyjs=True, config={"displaylogo": False}, div_id="pareto")
     write_bytes(path, html.encode())
 
 

@@ -1,4 +1,4 @@
-"""``sae info``: what a run or a store holds, or which hooks a model has."""
+"""``sae info``: what a run, a sweep or a store holds, or which hooks a model has."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +11,19 @@ from tyro.conf import Positional
 from activations.errors import InputError
 from activations.files import MANIFEST
 from app.cli.arguments import parse
+from sae.sweep import SWEEP_FILE
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
+    from sae.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Say what a run or a store of activations holds, or where a model can be read."""
+    """Say what a run, a sweep or a store of activations holds, or where a model can be read."""
 
     folder: Positional[Path | None] = None
-    """A run, or a store of activations."""
+    """A run, a sweep, or a store of activations."""
     model: str | None = None
     """A model: builtin, a local Hugging Face folder, or a hub name."""
     device: str | None = None
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
         _describe_model(given.model, given.device, given.dtype, given.bridge)
     elif given.folder is not None and (given.folder / MANIFEST).is_file():
         _describe_store(given.folder)
+    elif given.folder is not None and (given.folder / SWEEP_FILE).is_file():
+        _describe_sweep(given.folder)
     elif given.folder is not None:
         _describe_run(given.folder)
 
@@ -148,11 +152,45 @@ def _describe_store(path: Path) -> None:
     print_store(store)
 
 
-def _describe_run(path: Path) -> None:
+def _describe_sweep(path: Path) -> None:
+    """The sweep's runs, and the figures of those that were measured."""
+    from app.cli.report import print_sweep
+    from app.cli.terminal import console, table
+    from sae.run import RunFolder
+    from sae.sweep import SweepConfig
+
+    config = SweepConfig.read(path / SWEEP_FILE)
+    measured, others = {}, []
+    for name, run in config.expand():
+        folder = RunFolder(path / name)
+        if folder.evaluation.is_file():
+            measured[name] = _evaluation(folder.evaluation)
+        else:
+            state = "trained" if (folder.sae / MANIFEST).is_file() else "not trained yet"
+            others.append([name, run.sae.architecture, state])
+    base = config.base
+    console.print(
+        f"{path}: {len(measured) + len(others)} SAEs on {base.tokens_read():,} tokens of {base.model}\n",
+        soft_wrap=True,
+    )
+    if measured:
+        print_sweep(measured)
+    if others:
+        table(["", "architecture", ""], others)
+
+
+def _evaluation(path: Path) -> "Evaluation":
     from activations.files import read_json
+    from sae.evaluate import Evaluation
+
+    content = read_json(path)
+    content.pop("format_version", None)
+    return Evaluation.from_json(content)
+
+
+def _describe_run(path: Path) -> None:
     from app.cli.report import print_evaluation
     from app.cli.terminal import console, table
-    from sae.evaluate import Evaluation
     from sae.run import RunFolder, read_run_config
 
     config, folder = read_run_config(path), RunFolder(path)
@@ -180,7 +218,5 @@ def _describe_run(path: Path) -> None:
         ],
     )
     if folder.evaluation.is_file():
-        content = read_json(folder.evaluation)
-        content.pop("format_version", None)
         console.print()
-        print_evaluation(Evaluation.from_json(content))
+        print_evaluation(_evaluation(folder.evaluation))
