@@ -12,7 +12,7 @@ Whatever depends linearly on *all* pre-activations needs neither: it is worked o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from sae.architectures.base import Architecture, Weights
 from sae.codes import Pattern
 from sae.sparse import _buffer, gathered_dots, map_tiles, tile_rows
 
-SPARSE_BELOW = 1 / 16  # of all entries: from there on the sparse layout is faster
+SPARSE_BELOW = 1 / 5  # of all entries: from there on the sparse layout is faster
 _GATHER_BELOW = 1 / 32  # of all entries: there single dot products are faster than a dense product
 _SAMPLE = 64  # rows that the choice of the layout is made from
 
@@ -41,6 +41,13 @@ class Entries(ABC):
     @abstractmethod
     def spread(self, per_feature: Tensor) -> Tensor:
         """A tensor ``[d_sae]`` in a shape that combines with per-entry tensors."""
+
+    @abstractmethod
+    def where(self, mask: Tensor) -> "tuple[Entries, Callable[[Tensor], Tensor]]":
+        """The entries at which a per-entry mask is true, and what brings per-entry tensors to their shape.
+
+        Entries of a dense tile stay where they are: the caller masks what is 0 elsewhere.
+        """
 
     @abstractmethod
     def sums(self, values: Tensor) -> Tensor:
@@ -69,6 +76,9 @@ class DenseTile(Entries):
         """See :class:`Entries`, as all methods."""
         return per_feature
 
+    def where(self, mask: Tensor) -> tuple[Entries, Callable[[Tensor], Tensor]]:
+        return self, lambda values: values
+
     def sums(self, values: Tensor) -> Tensor:
         return values.sum(0)
 
@@ -83,24 +93,29 @@ class DenseTile(Entries):
 
 
 class SparseEntries(Entries):
-    """The entries of a ragged pattern. What is 0 at many of them is summed over the rest."""
+    """The entries of a ragged pattern."""
 
     def __init__(self, pre: Tensor, pattern: Pattern) -> None:
         self.pre, self.pattern = pre, pattern
-        self._kept: tuple[Tensor, Pattern] | None = None
 
     def spread(self, per_feature: Tensor) -> Tensor:
         """See :class:`Entries`, as all methods."""
         return per_feature.index_select(0, self.pattern.indices)
 
+    def where(self, mask: Tensor) -> tuple[Entries, Callable[[Tensor], Tensor]]:
+        places = mask.nonzero().flatten()
+        return (
+            SparseEntries(self.pre.index_select(0, places), _restricted(self.pattern, mask)),
+            lambda values: values.index_select(0, places),
+        )
+
     def sums(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.pattern.d_sae).index_add_(0, self.pattern.indices, values)
 
     def decoded(self, values: Tensor, decoder: Tensor) -> Tensor:
-        values, pattern = self._nonzero(values)
-        assert pattern.row_offsets is not None
-        starts = pattern.row_offsets[:-1].to(pattern.indices.dtype)
-        return embedding_bag(pattern.indices, decoder, starts, mode="sum", per_sample_weights=values)
+        assert self.pattern.row_offsets is not None
+        starts = self.pattern.row_offsets[:-1].to(self.pattern.indices.dtype)
+        return embedding_bag(self.pattern.indices, decoder, starts, mode="sum", per_sample_weights=values)
 
     def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
         n, d_sae = len(rows), self.pattern.d_sae
@@ -118,28 +133,28 @@ class SparseEntries(Entries):
         return found
 
     def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
-        values, pattern = self._nonzero(values)
-        sums = pattern.transposed.weighted_sums(rows, values)
+        sums = self.pattern.transposed.weighted_sums(rows, values)
         return sums if total is None else total.add_(sums)
-
-    def _nonzero(self, values: Tensor) -> tuple[Tensor, Pattern]:
-        """The values that are not 0, and their pattern, which is often that of the call before."""
-        mask = values != 0
-        if self._kept is None or not torch.equal(mask, self._kept[0]):
-            self._kept = mask, self.pattern if bool(mask.all()) else _restricted(self.pattern, mask)
-        return values[mask], self._kept[1]
 
 
 class Rule(ABC):
     """What an architecture does at one entry, for one batch; the mean over rows is its business (``1/n`` included).
 
-    It sees the entries part by part (:meth:`codes`, then :meth:`slopes`), sums up what it needs, and gives the rest of
-    the loss and of the gradients at the end (:meth:`penalty`, :meth:`gradients`).
+    It sees the entries part by part (:meth:`firing`, :meth:`codes`, :meth:`slopes`), sums up what it needs, and gives the
+    rest of the loss and of the gradients at the end (:meth:`penalty`, :meth:`gradients`).
     """
 
     @abstractmethod
     def matters(self, pre: Tensor) -> Tensor:
         """Bool ``[n, d_sae]``: where an activation or a slope is not 0."""
+
+    def firing(self, entries: Entries) -> tuple[Entries, Callable[[Tensor], Tensor]]:
+        """Those entries that fire, as :meth:`Entries.where` gives them, if others matter too; otherwise all."""
+        return entries, lambda values: values
+
+    def at_threshold(self, entries: Entries, from_error: Tensor) -> None:
+        """Take down what entries contribute that do not fire; ``from_error`` as in :meth:`slopes`, of all ``entries``."""
+        return
 
     @abstractmethod
     def codes(self, entries: Entries) -> tuple[Tensor, ...]:
@@ -222,25 +237,28 @@ def _evaluated(
     mse = auxiliary = goal.new_zeros(())
     firings = product = torch.zeros_like(w.b_enc)
     for rows, entries in _parts(rule, centred, w):
-        codes = rule.codes(entries)
+        firing, taken = rule.firing(entries)
+        codes = rule.codes(firing)
         from_error = []
         for place, code in enumerate(codes):
-            error = entries.decoded(code, w.W_dec).add_(w.b_dec).sub_(goal[rows])
+            error = firing.decoded(code, w.W_dec).add_(w.b_dec).sub_(goal[rows])
             square = torch.linalg.vector_norm(error).square() / n
             error.mul_(2 / n)
-            from_error.append(entries.dots(error, w.W_dec))
+            dots = entries.dots(error, w.W_dec)
+            rule.at_threshold(entries, dots)
+            from_error.append(taken(dots))
             if place > 0:
                 auxiliary = auxiliary + square
                 continue
             mse = mse + square
-            gradients["W_dec"] = entries.outer(code, error, gradients.get("W_dec"))
+            gradients["W_dec"] = firing.outer(code, error, gradients.get("W_dec"))
             gradients["b_dec"] += error.sum(0)
             if "goal" in gradients:
                 torch.neg(error, out=gradients["goal"][rows])
-        firings = firings + entries.sums((codes[0] != 0).to(centred.dtype))
-        slopes = rule.slopes(entries, codes, from_error)
-        gradients["encoder_rows"] = entries.outer(slopes, centred[rows], gradients.get("encoder_rows"))
-        product = product + entries.sums(slopes)
+        firings = firings + firing.sums((codes[0] != 0).to(centred.dtype))
+        slopes = rule.slopes(firing, codes, from_error)
+        gradients["encoder_rows"] = firing.outer(slopes, centred[rows], gradients.get("encoder_rows"))
+        product = product + firing.sums(slopes)
     inputs = centred.sum(0)
     everywhere = rule.everywhere(w.encoder_rows @ inputs + w.b_enc * n)
     if everywhere is not None:

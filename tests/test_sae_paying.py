@@ -1,12 +1,13 @@
 """Architectures that pay for firing, against their equations written out densely in float64."""
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae import paying, sparse
 from sae.architectures.base import Architecture, Loss, Moment, Weights
@@ -14,7 +15,11 @@ from sae.architectures.gated import Gated
 from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.registry import architecture_from
 from sae.architectures.relu import ReLU
-from sae.config import SAEConfig
+from sae.config import SAEConfig, TrainConfig
+from sae.model import SparseAutoencoder
+from sae.scaling import Scaling
+from sae.train import Run, train
+from sae.trainer import Trainer
 
 NAMES = ("relu", "gated", "jumprelu")
 NONE_DEAD = torch.tensor([], dtype=torch.int64)
@@ -67,15 +72,18 @@ CASES: dict[str, tuple[int, int, int, Change | None]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, so that most batches are several of them, the last one incomplete."""
     monkeypatch.setattr(sparse, "_TILE_ROWS", 1)
 
 
-@pytest.fixture(params=["sparse", "dense tiles"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(paying, "SPARSE_BELOW", 2.0 if request.param == "sparse" else -1.0)
+@pytest.fixture(params=["sparse", "sparse, dense products", "dense tiles"])
+def layout(request: pytest.FixtureRequest, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both layouts, and both ways in which the sparse one takes dot products."""
+    if request.param != "dense tiles":
+        monkeypatch.setattr(paying, "_GATHER_BELOW", 2.0 if request.param == "sparse" else -1.0)
+    monkeypatch.setattr(paying, "SPARSE_BELOW", -1.0 if request.param == "dense tiles" else 2.0)
     return str(request.param)
 
 
@@ -168,3 +176,299 @@ def test_loss_and_gradients_equal_the_equation(name: str, case: str, layout: str
     w = random_weights(kind, d_in, d_in, change)
     x = torch.randn(n, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     same_loss(kind, w, x, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoder_loss_and_gradients_equal_the_equation(name: str, skip: bool, layout: str) -> None:
+    config = SAEConfig(architecture=name, d_sae=40, sparsity_weight=0.7, transcoder=True, skip=skip)
+    kind = architecture_from(config)
+    w = random_weights(kind, 6, 9, None)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(37, d, dtype=torch.float64, generator=generator) for d in (6, 9))
+    same_loss(kind, w, x, y)
+
+
+def test_narrow_window_far_from_zero(layout: str) -> None:
+    """Every threshold above half the window, so that the window's lower end cuts pre-activations off."""
+    config = SAEConfig(architecture="jumprelu", d_sae=64, sparsity_weight=0.7, bandwidth=0.3)
+    kind = architecture_from(config)
+    w = random_weights(kind, 6, 6, lambda w: w.log_threshold.abs_())  # type: ignore[union-attr]
+    x = torch.randn(37, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    same_loss(kind, w, x, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sparsity_weight_warms_up(name: str) -> None:
+    """From 0, over the first 5% of the run or (jumprelu) all of it; without a target nothing else moves it."""
+    kind = architecture_from(SAEConfig(architecture=name, d_sae=16, sparsity_weight=3.0))
+    w = random_weights(kind, 6, 6, None)
+    x = torch.randn(9, 6, dtype=torch.float64)
+
+    def total(done: float) -> float:
+        return float(kind.loss(w, x, x, Moment(done, NONE_DEAD, kind.initial_state())).total.detach())
+
+    end = 1.0 if name == "jumprelu" else 0.05
+    half_way = (total(0) + total(end)) / 2
+    assert total(end / 2) == pytest.approx(half_way, rel=1e-9)
+    assert total(end) > total(0)
+    assert name == "jumprelu" or total(1.0) == total(end)
+
+
+# ---- p-annealing
+
+
+def annealed(done: float, state: dict[str, Tensor]) -> tuple[Loss, Weights, Tensor]:
+    kind = architecture_from(SAEConfig(architecture="relu", d_sae=64, sparsity_weight=0.7, p_end=0.2))
+    w = random_weights(kind, 6, 6, None)
+    x = torch.randn(37, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return kind.loss(w, x, x, Moment(done, NONE_DEAD, state)), w, x
+
+
+def test_p_annealing_equals_the_equation(layout: str) -> None:
+    """At three quarters of the run p is 0.6; δ = 1/100."""
+    state = {"p": torch.tensor(0.75), "p_factor": torch.tensor(2.0)}
+    loss, w, x = annealed(0.75, state)
+    f = ((x - w.b_dec) @ w.encoder_rows.T + w.b_enc).relu()
+    norms = w.W_dec.norm(dim=1)
+
+    def penalty(p: float) -> Tensor:
+        return (((f + 0.01) ** p - 0.01**p) * norms).sum(1).mean()
+
+    expected = error(w, x, x, f) + 0.7 * 2.0 * penalty(0.6)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-7, atol=0)  # the state is float32
+    tensors = list(w.tensors().values())
+    for one, other in zip(
+        torch.autograd.grad(loss.total, tensors), torch.autograd.grad(expected, tensors), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert float(loss.state["p"]) == pytest.approx(0.6)
+    factor = 2.0 * float((penalty(float(state["p"])) / penalty(0.6)).detach())
+    assert float(loss.state["p_factor"]) == pytest.approx(factor, rel=1e-6)
+
+
+def test_p_annealing_keeps_the_size_of_the_penalty() -> None:
+    """With weights that stay, λ times the penalty is the same at the end of the run as before p falls."""
+    state = {"p": torch.ones(()), "p_factor": torch.ones(())}
+    sizes = []
+    for done in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0):
+        factor = float(state["p_factor"])
+        loss, _, _ = annealed(done, state)
+        sizes.append(factor * float(loss.terms["l1"]))
+        state = loss.state
+    assert float(state["p"]) == pytest.approx(0.2)
+    assert sizes[0] == sizes[1]
+    assert sizes[-1] == pytest.approx(sizes[0], rel=1e-4)
+    assert float(state["p_factor"]) != 1
+
+
+# ---- inference
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_codes_equal_the_equation(name: str, transcoder: bool) -> None:
+    kind = architecture_from(SAEConfig(architecture=name, d_sae=64, transcoder=transcoder))
+    w = random_weights(kind, 6, 6, None)
+    x = torch.randn(37, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    _, f = EXPECTED[name](kind, w, x, x, 0.0)
+    config, finished = kind.finished(w, kind.initial_state())
+    assert finished.log_threshold is None
+    close(architecture_from(config).encode(finished, x).to_dense(), f.detach())
+
+
+def test_jumprelu_fires_strictly_above_its_threshold_and_above_zero() -> None:
+    kind = JumpReLU(SAEConfig(architecture="jumprelu", d_sae=4))
+    eye = torch.eye(4)
+    threshold = torch.tensor([1.0, 1.0, -3.0, 0.0])
+    w = Weights(eye, torch.zeros(4), eye, torch.zeros(4), threshold=threshold)
+    x = torch.tensor([[1.0, 1.5, -2.0, 0.0], [2.0, 0.5, 0.0, 0.1]])
+    codes = kind.encode(w, x)
+    assert codes.to_dense().tolist() == [[0, 1.5, 0, 0], [2, 0, 0, pytest.approx(0.1)]]
+    assert codes.nnz == 3
+
+
+@pytest.mark.parametrize("target", [None, 16.0])
+def test_jumprelu_starts_at_the_firing_rate_it_says(target: float | None) -> None:
+    """On isotropic inputs of mean squared norm d_in."""
+    kind = JumpReLU(SAEConfig(architecture="jumprelu", d_sae=50_000, target_l0=target))
+    w = kind.initial_weights(64, 64, torch.Generator().manual_seed(0))
+    _, finished = kind.finished(w, kind.initial_state())
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    assert kind.encode(finished, x).l0() == pytest.approx(10_000 if target is None else target, rel=0.15)
+
+
+# ---- the L0 target
+
+BATCH, D_IN, DIRECTIONS, D_SAE = 256, 24, 48, 96
+
+
+class Planted:
+    """Sums of three of 48 planted directions on average, off centre."""
+
+    def __init__(self, n_batches: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.directions = torch.nn.functional.normalize(
+            torch.randn(DIRECTIONS, D_IN, generator=generator), dim=1
+        )
+        self.n_batches = n_batches
+
+    def make(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + number)
+        chosen = torch.rand(BATCH, DIRECTIONS, generator=generator) < 3 / DIRECTIONS
+        strengths = torch.rand(BATCH, DIRECTIONS, generator=generator) + 0.5
+        return (chosen * strengths) @ self.directions + 3.0
+
+    def scaling(self) -> Scaling:
+        sample = torch.cat([self.make(number) for number in range(9000, 9020)])
+        mean = sample.mean(0)
+        return Scaling(mean, float((D_IN / (sample - mean).square().sum(1).mean()).sqrt()))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.make(number) for number in range(self.n_batches))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def planted_config(name: str, steps: int, **sae: Any) -> TrainConfig:
+    return TrainConfig(
+        tokens=steps * BATCH,
+        batch_tokens=BATCH,
+        learning_rate=3e-3,
+        sae=SAEConfig(architecture=name, d_sae=D_SAE, **sae),
+    )
+
+
+def firings(name: str, steps: int, **sae: Any) -> list[float]:
+    """The L0 of every step's batch."""
+    data = Planted(steps)
+    scaling = data.scaling()
+    trainer = Trainer(planted_config(name, steps, **sae), scaling)
+    return [float(trainer.step(*scaling.apply(batch)).entries) / BATCH for batch in data]
+
+
+@pytest.mark.parametrize("weight", [None, 0.01, 3.0])
+def test_jumprelu_reaches_its_target_and_keeps_it(weight: float | None) -> None:
+    """Within 3% from a fifth of the run on, over any tenth of it, whatever λ it starts from."""
+    steps = 300
+    found = firings("jumprelu", steps, target_l0=5.0, sparsity_weight=weight)
+    windows = [sum(found[i : i + steps // 10]) / (steps // 10) for i in range(steps // 10, steps * 9 // 10)]
+    assert min(windows) == pytest.approx(5.0, rel=0.03)
+    assert max(windows) == pytest.approx(5.0, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["relu", "gated"])
+@pytest.mark.parametrize("weight", [0.3, 3.0])
+def test_relu_and_gated_reach_their_target(name: str, weight: float) -> None:
+    """Within 10% in the last fifth of the run."""
+    found = firings(name, 500, target_l0=5.0, sparsity_weight=weight)
+    assert sum(found[-100:]) / 100 == pytest.approx(5.0, rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("controlled", [False, True])
+def test_state_is_all_that_a_resumed_run_needs(name: str, controlled: bool) -> None:
+    """Stopped in the middle and taken up by another trainer: the same bits."""
+    extra: dict[str, Any] = {"target_l0": 5.0} if controlled else {}
+    if name == "relu":
+        extra["p_end"] = 0.5
+    data = Planted(20)
+    scaling = data.scaling()
+    config = planted_config(name, 20, **extra)
+    whole, first, second = (Trainer(config, scaling) for _ in range(3))
+    for number in range(20):
+        batch = scaling.apply(data.make(number))
+        whole.step(*batch)
+        if number == 13:
+            tensors, plain = first.state()
+            second.load_state({k: v.clone() for k, v in tensors.items()}, plain)
+        (first if number < 13 else second).step(*batch)
+    for name_, tensor in whole.weights.tensors().items():
+        assert torch.equal(tensor, second.weights.tensors()[name_]), name_
+    for key, value in whole.architecture_state.items():
+        assert torch.equal(value, second.architecture_state[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("relu", {"sparsity_weight": 1.0}),
+        ("relu", {"target_l0": 4.0, "p_end": 0.5}),
+        ("gated", {"target_l0": 4.0}),
+        ("jumprelu", {"target_l0": 4.0}),
+        ("jumprelu", {"sparsity_weight": 0.5}),
+    ],
+)
+def test_learns_planted_directions(name: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    """The finished SAE, in raw units, read back from its files, explains held-out data and fires sparsely."""
+    steps = 500
+    data = Planted(steps)
+    train(Run(planted_config(name, steps, **extra), tmp_path), data, data.scaling())
+    sae = SparseAutoencoder.load(tmp_path / "sae")
+    x = torch.cat([data.make(number) for number in range(9100, 9130)])
+    explained = 1 - float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+    assert explained > 0.75
+    assert sae.encode(x).l0() < 12
+    best = (torch.nn.functional.normalize(sae.W_dec, dim=1) @ data.directions.t()).amax(0)
+    assert float((best > 0.9).float().mean()) > 0.8
+
+
+# ---- memory and determinism
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operator gave back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", [None, few_fire])
+def test_no_tensor_is_as_large_as_n_times_d_sae(name: str, change: Change | None, small_tiles: None) -> None:
+    """The largest is a tile of 16 rows, or the 64 rows that the layout is chosen from, of 512."""
+    kind = architecture_from(SAEConfig(architecture=name, d_sae=512))
+    w = random_weights(kind, 6, 6, change)
+    x = torch.randn(512, 6, dtype=torch.float64)
+    with LargestTensor() as watch:
+        kind.loss(w, x, x, Moment(1.0, NONE_DEAD, kind.initial_state())).total.backward()
+    assert w.encoder_rows.grad is not None
+    assert 16 * 512 <= watch.largest <= 64 * 512
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("below", [2.0, -1.0])
+def test_two_runs_give_the_same_bits(
+    name: str, below: float, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(paying, "SPARSE_BELOW", below)
+    config = TrainConfig(
+        tokens=100_000,
+        batch_tokens=700,
+        learning_rate=1e-2,
+        sae=SAEConfig(architecture=name, d_sae=256, target_l0=8.0),
+    )
+
+    def weights() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        trainer = Trainer(config, Scaling(torch.zeros(16), 1.0))
+        for _ in range(5):
+            x = torch.randn(700, 16, generator=generator)
+            trainer.step(x, x)
+        return [tensor.detach().clone() for tensor in trainer.weights.tensors().values()]
+
+    for one, other in zip(weights(), weights(), strict=True):
+        assert torch.equal(one, other)

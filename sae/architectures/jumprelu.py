@@ -18,6 +18,7 @@ rate thresholds wander, and of 1,024 features one to seven died; a tenth is also
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import ClassVar
@@ -59,12 +60,23 @@ class _JumpReLURule(Rule):
         """From the lower end of the window on."""
         return pre > self.threshold - self.bandwidth / 2
 
+    def firing(self, entries: Entries) -> tuple[Entries, Callable[[Tensor], Tensor]]:
+        """Those above their thresholds; the others are in the window."""
+        return entries.where(entries.pre > entries.spread(self.threshold))
+
+    def at_threshold(self, entries: Entries, from_error: Tensor) -> None:
+        """In the window's lower half tanh has slope 1; the upper half is seen to in :meth:`slopes`."""
+        under = entries.spread(self.threshold) - entries.pre
+        silent = ((under >= 0) & (under < self.bandwidth / 2)).to(under.dtype)
+        by_tanh = entries.sums(silent) * self.norms * (self.weight * (TANH_SCALE / self.n))
+        self.window_slopes = self.window_slopes + entries.sums(silent.mul_(from_error)) + by_tanh
+
     def codes(self, entries: Entries) -> tuple[Tensor, ...]:
         """The pre-activations above their thresholds."""
         return (entries.pre * (entries.pre > entries.spread(self.threshold)),)
 
     def slopes(self, entries: Entries, codes: tuple[Tensor, ...], from_error: list[Tensor]) -> Tensor:
-        """Of all terms where a feature fires; what the window gives to θ is summed up."""
+        """Of all terms where a feature fires."""
         f, norms = codes[0], entries.spread(self.norms)
         over = entries.pre - entries.spread(self.threshold)
         fires = (over > 0).to(f.dtype)
@@ -72,12 +84,11 @@ class _JumpReLURule(Rule):
         self.tanh = self.tanh + entries.sums(tanh)
         flatness = tanh.square_().neg_().add_(1).mul_(self.weight * (TANH_SCALE / self.n))  # λ c tanh'/n
         self.tanh_slopes = self.tanh_slopes + entries.sums(flatness * f)
-        slope = from_error[0].addcmul_(flatness, norms)
-        window = over.abs() < self.bandwidth / 2
-        self.window_slopes = self.window_slopes + entries.sums(slope * window)
+        slope = from_error[0].addcmul_(flatness, norms).mul_(fires)
+        self.window_slopes = self.window_slopes + entries.sums(slope * (over < self.bandwidth / 2))
         self.firings = self.firings + entries.sums(fires)
         self.excess = self.excess + entries.sums(over.mul_(fires))
-        return slope.add_(entries.spread(self.silence)).mul_(fires)
+        return slope.addcmul_(entries.spread(self.silence), fires)
 
     def everywhere(self, pre_sums: Tensor) -> Tensor:
         """Of ``θ − z`` on all entries."""
