@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "demo", arguments)
     from activations.corpus import CorpusConfig
+    from app.cli.live import TrainingView
     from app.cli.report import print_demonstration, print_evaluation
     from app.cli.terminal import console, progress, stage
     from features.demonstration import choose_demonstration
@@ -52,12 +53,13 @@ def main(arguments: Sequence[str]) -> None:
         passes=given.passes,
         seed=given.seed,
     )
-    pipeline = Pipeline(given.out, config, store_activations=True, replace_other=True, progress=progress)
+    view = TrainingView()
+    pipeline = Pipeline(given.out, config, store_activations=True, replace_other=True, progress=view.progress)
     stage(f"1/6  Reading the Python sources of this machine, {given.tokens:,} tokens")
     pipeline.start()
     _print_corpus(pipeline)
     stage(f"2/6  Training {given.d_sae:,} features on {config.hook_name}, {given.k} of them per token")
-    sae = pipeline.train()
+    sae = pipeline.train(view.watch)
     stage("3/6  Evaluating on files that neither the model nor the SAE has read")
     print_evaluation(pipeline.evaluate(sae))
     stage(f"4/6  Indexing what makes each feature fire, {pipeline.sizes.index_tokens:,} tokens")
