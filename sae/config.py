@@ -221,9 +221,9 @@ class TrainConfig:
     resample_every: int | None = None
     """Tokens between two resamplings of dead features (Bricken et al. 2023); by default they are not resampled."""
     kernels: Literal["torch", "triton"] = "torch"
-    """torch or Triton kernels (CUDA only, not timed yet) for Adam and the sparse part of topk, batch_topk, matryoshka."""
+    """triton: our kernels (CUDA only, not timed yet) for Adam and the sparse part of topk, batch_topk, matryoshka."""
     product: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoder, and with triton of gathered rows; weights are float32 (relu, gated, jumprelu: once few fire)."""
+    """Number format of the encoder product, and with triton of gathered rows (relu, gated, jumprelu: once few fire)."""
     checkpoint_every: int | None = None
     """Tokens between two checkpoints, the most that an interrupted run repeats; by default a tenth of the run."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
