@@ -342,8 +342,8 @@ class TrainConfig:
         return self.tokens_read() // self.resolved_batch_tokens()
 
     def resolved_learning_rate(self) -> float:
-        """``learning_rate``, or the preset's for so many steps."""
-        return self.learning_rate or PRESETS[self.preset].rate(self.n_steps())
+        """``learning_rate``, or the preset's for so many steps of an SAE of this width."""
+        return self.learning_rate or PRESETS[self.preset].rate(self.n_steps(), self.sae.d_sae)
 
     def resolved_warmup(self) -> float:
         """``warmup``, or the preset's; no more than ``decay`` leaves where that alone was given."""

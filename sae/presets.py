@@ -27,13 +27,13 @@ class Preset:
     """What it chooses, of the number of tokens read or the number of steps.
 
     Attributes:
-        batch: tokens to a step, of the tokens read. rate: peak learning rate, of the steps.
+        batch: tokens to a step, of the tokens read. rate: peak learning rate, of the steps and the width d_sae.
         warmup: fraction of the run, of the steps. decay: fraction of the run.
         clip_norm: largest norm of the gradient; 0 for no limit. init_b_dec: where b_dec starts.
     """
 
     batch: Callable[[int], int]
-    rate: Callable[[int], float]
+    rate: Callable[[int, int], float]
     warmup: Callable[[int], float]
     decay: float
     clip_norm: float
@@ -45,7 +45,7 @@ PRESETS: dict[PresetName, Preset] = {
     "fast": Preset(lambda tokens: 2 * batch_for(tokens), rate_for, lambda steps: 0.05, 0.5, 0.0, "mean"),
     "faithful": Preset(
         batch=lambda tokens: 2048,
-        rate=lambda steps: 3e-4,
+        rate=lambda steps, d_sae: 3e-4,
         warmup=lambda steps: min(1000 / max(steps, 1), 0.05),
         decay=0.2,
         clip_norm=1.0,
