@@ -170,7 +170,7 @@ ODD = st.one_of(
     st.booleans(),
     st.integers(-3, 10**13),
     st.floats(),
-    st.text(max_size=5),
+    st.text("ab1./-é ", max_size=5),
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
