@@ -23,7 +23,7 @@ SELECTING = (
     "batch_topk",
     "matryoshka",
 )  # these keep a number of features, k; the others pay for firing
-SPARSITY_WEIGHTS = {"relu": 5.0, "gated": 1.0, "jumprelu": 10.0}
+SPARSITY_WEIGHTS = {"relu": 5.0, "gated": 1.0, "jumprelu": 0.1}
 
 
 @dataclass(frozen=True)

