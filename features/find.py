@@ -16,7 +16,7 @@ from activations.progress import Progress, silent
 from activations.store import HookActivations
 from features.pipeline import Pipeline
 from sae.config import SPARSITY_WEIGHTS, TrainConfig
-from sae.find import LONG, SHORT, Found, find_sparsity_weight
+from sae.find import LONG, REMAINING, SHORT, Found, find_sparsity_weight
 from sae.train import Run, train
 
 LEAST_STEPS = 100  # of a trial
@@ -81,7 +81,8 @@ class L0Search:
         """
         self.text.start()
         start = self.config.sae.resolved_sparsity_weight()
-        found = find_sparsity_weight(self._measure, self.target_l0, start)
+        remaining = REMAINING[self.config.sae.architecture]
+        found = find_sparsity_weight(self._measure, self.target_l0, start, remaining)
         trials = [vars(trial) for trial in found.trials]
         outcome = {"target_l0": self.target_l0, **vars(found), "trials": trials}
         write_json(self.folder / "find.json", {"format_version": FORMAT_VERSION, **outcome})

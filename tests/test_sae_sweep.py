@@ -177,12 +177,12 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A short run on 20,000 tokens of small texts."""
+    """A short run on 8,000 tokens of small texts."""
     texts = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     lines = (f"def function_{number}(x):\n    return x + {number}\n" * 2 for number in range(6000))
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return TrainConfig(
-        corpus=CorpusConfig(text=(str(texts),)), hook_name=HOOK, tokens=20_000, sae=SAEConfig(d_sae=64)
+        corpus=CorpusConfig(text=(str(texts),)), hook_name=HOOK, tokens=8_000, sae=SAEConfig(d_sae=64)
     )
 
 
@@ -226,7 +226,7 @@ def test_several_hooks_are_read_from_one_store_in_one_pass(
         blocks_read[tuple(hook_names)] += len(ids)
         return capture(self, ids, hook_names, **options)
 
-    config = SweepConfig(replace(base, tokens=8_000), grids=({"hook_name": (HOOK, OTHER_HOOK)},))
+    config = SweepConfig(base, grids=({"hook_name": (HOOK, OTHER_HOOK)},))
     sweep = Sweep(tmp_path / "sweep", config, model=model)
     sweep.start()
     with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_a_run_of_a_sweep_stands_alone(model: LanguageModel, base: TrainConfig, 
     alone = Pipeline(tmp_path / "k4", model=model)
     sae = alone.train()
     assert alone.evaluate(sae) == evaluations["k4"]
-    assert alone.train_blocks.n_tokens >= 20_000
+    assert alone.train_blocks.n_tokens >= 8_000
     assert (tmp_path / "k4" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == trained
 
 
@@ -279,7 +279,7 @@ def test_killed_sweeps_end_in_the_same_bits(
 ) -> None:
     """Killed once a run has a checkpoint, and again when one is further on; the same call goes on each time."""
     grid = {"k": (4, 8), "hook_name": hooks}
-    config = SweepConfig(replace(base, tokens=8_000, batch_tokens=64), grids=(grid,))
+    config = SweepConfig(base, grids=(grid,))
 
     def sweep(folder: Path) -> None:
         made = Sweep(folder, config, model=model)
