@@ -13,8 +13,8 @@ the wanted L0. A short training ends with another L0 than a long one, though. Me
 ====  ==============  =============  ==========
 
 So trials of 1/16 find about where to look, and trials of 1/4 where it is. How far log L0 changes from the former to the
-latter says what to expect of the whole training: about a third as much again (0 to 0.4 in the table). A gated SAE goes on
-falling as it did (λ = 2.7: about 59, 43, 30).
+latter says what to expect of the whole training: about a third as much again (0 to 0.4 in the table). The L0 of a gated
+SAE goes on falling as it did (λ = 2.7: about 59, 43, 30).
 """
 
 import math
