@@ -3,13 +3,14 @@
 The measurement is ``u = log(L0 of the batch / target)``: L0 answers to a penalty's weight, and to a threshold, by
 something like a power law. What a controller carries from step to step is a few scalars, part of the checkpoint.
 
-:class:`WeightControl` (relu, gated) moves the sparsity weight λ, proportionally to u and to its integral over time. Time
-is the fraction of the run that has passed: how fast weights answer depends on the learning rate, which is chosen from
-the length of the run.
+:class:`WeightControl` (relu, gated) moves the sparsity weight λ, proportionally to u and to its integral over
+time. Time is the fraction of the run that has passed: how fast weights answer depends on the learning rate, which
+is chosen from the length of the run.
 
-:class:`ThresholdControl` (jumprelu) has a faster lever: it adds one number s to the logarithms of all thresholds, on
-which L0 depends at once, and moves log λ along with it, more slowly. If λ is too small, gradients lower the thresholds,
-s rises against them, and λ rises with s until they stay where they are: then λ is the price at which the target is best.
+:class:`ThresholdControl` (jumprelu) has a faster lever: it adds one number s to the logarithms of all thresholds,
+on which L0 depends at once, and moves log λ along with it, more slowly. If λ is too small, gradients lower the
+thresholds, s rises against them, and λ rises with s until they stay where they are: then λ is the price at which
+the target is best.
 """
 
 import math
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from sae.architectures.base import Moment
 from sae.config import SAEConfig
+from sae.mesh import mesh_in_force
 
 _PROPORTIONAL, _INTEGRAL = 1.0, 20.0
 _MEMORY = 0.9  # of the measurement, from batch to batch
@@ -58,10 +60,12 @@ class Control(ABC):
         return self._controlled(moment)
 
     def next_state(self, moment: Moment, l0: Tensor) -> dict[str, Tensor]:
-        """The state after a batch with this L0 (scalar); anything else in ``moment.state`` stays in it."""
+        """The state after a batch with this L0 (scalar, of this process's part); the rest of ``moment.state`` stays in it."""
         if self.config.target_l0 is None:
             return moment.state
         most = math.exp(_LARGEST_ERROR)
+        mesh = mesh_in_force()
+        l0 = mesh.mean_over_data(mesh.sum_over_features(l0))
         off = (l0 / self.config.target_l0).clamp(1 / most, most).log()
         return moment.state | self._answer(moment, off)
 

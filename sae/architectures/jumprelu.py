@@ -4,20 +4,21 @@
     ∂f_i/∂z_i := 1[z_i > θ_i],   ∂f_i/∂(log θ_i) := −(θ_i / ε) · 1[|z_i − θ_i| < ε/2]
     c = 4, λ_P = 3e-6, ε = ``bandwidth``
 
-Conerly et al. 2025, "Circuits Updates, January 2025"; JumpReLU itself is from Rajamanoharan et al. 2024 (2407.14435),
-who let the sparsity term reach θ only. Here the gradient of every term flows to all parameters; λ rises linearly from 0
-over the whole run; θ starts at 0.1, and b_enc where, on isotropic inputs, a feature fires on 10,000/d_sae of the tokens,
-at most on half. The encoder starts as the decoder's transpose, rows of norm 1, as in our other architectures: inputs
-have mean squared norm d_in, so pre-activations start with variance 1, which the window of 2 fits.
+Conerly et al. 2025, "Circuits Updates, January 2025"; JumpReLU itself is from Rajamanoharan et al. 2024
+(2407.14435), who let the sparsity term reach θ only. Here the gradient of every term flows to all parameters; λ
+rises linearly from 0 over the whole run; θ starts at 0.1, and b_enc where, on isotropic inputs, a feature fires on
+10,000/d_sae of tokens, at most on half. The encoder starts as the decoder's transpose, rows of norm 1, as in our
+other architectures: inputs have mean squared norm d_in, so pre-activations start with variance 1, which the window
+of 2 fits.
 
-With ``target_l0``, a controller (:mod:`sae.l0_control`) sets λ and a common factor e^s of the thresholds. Features then
-start with the target's firing rate by their threshold, b_enc being 0: firing values are of the right size at once (0.013
-more explained variance on the bundled model with 1,024 features after half a million tokens), and the sparse path serves
-sooner.
+With ``target_l0``, a controller (:mod:`sae.l0_control`) sets λ and a common factor e^s of the thresholds. Features
+then start with the target's firing rate by their threshold, b_enc being 0: values are of the right size at once
+(0.013 more explained variance on the bundled model with 1,024 features after half a million tokens), and the
+sparse path serves sooner.
 
-``Weights.log_threshold`` holds ``10 · log θ`` (without s), so that Adam moves log θ at a tenth of the learning rate: at
-the full rate thresholds wander, and one to seven of those 1,024 features died, where none did at a tenth. Llamascopium
-advises the same (2509.17196).
+``Weights.log_threshold`` holds ``10 · log θ`` (without s), so that Adam moves log θ at a tenth of the learning
+rate: at the full rate thresholds wander, and one to seven of those 1,024 features died, where none did at a tenth.
+Llamascopium advises the same (2509.17196).
 """
 
 import math

@@ -5,10 +5,11 @@
 Anthropic, "Circuits Updates, April 2024" (the loss of "Scaling Monosemanticity"): decoder norms are free, λ rises
 linearly from 0 over the first 5% of the run, inputs are scaled to a mean squared norm of d_in.
 
-With p-annealing (Karvonen et al. 2024, 2408.00113) f_i becomes ``(f_i + δ)^p − δ^p``, where p falls linearly from 1 to
-``p_end`` over the second half of the run: a small p punishes firing rather than firing strongly. δ = 1/100 bounds the
-slope at 0, where the paper's f^p is infinitely steep. λ is multiplied, as in the paper, by whatever keeps the penalty's
-size when p changes: here, from each batch to the next, by the ratio of the two penalties (p before, p now) on the batch.
+With p-annealing (Karvonen et al. 2024, 2408.00113) f_i becomes ``(f_i + δ)^p − δ^p``, where p falls linearly from
+1 to ``p_end`` over the second half of the run: a small p punishes firing rather than firing strongly. δ = 1/100
+bounds the slope at 0, where the paper's f^p is infinitely steep. λ is multiplied, as in the paper, by whatever
+keeps the penalty's size when p changes: here, from each batch to the next, by the ratio of the two penalties (p
+before, p now) on the batch.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
 from sae.l0_control import WeightControl
+from sae.mesh import mesh_in_force
 from sae.paying import Entries, Rule, paid_loss
 from sae.sparse import encode_relu
 
@@ -67,7 +69,8 @@ class _ReLURule(Rule):
 
     def rescaling(self) -> Tensor:
         """The penalty with the exponent before, as a multiple of the penalty now; 1 where nothing fires."""
-        before, now = self.powers_before @ self.norms, self.powers @ self.norms
+        own = torch.stack([self.powers_before @ self.norms, self.powers @ self.norms])
+        before, now = mesh_in_force().sum_over_all(own)
         return torch.where(now > 0, before / now, torch.ones_like(now))
 
 
