@@ -15,7 +15,7 @@ from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from activations.store import HookActivations
 from features.pipeline import Pipeline
-from sae.config import SPARSITY_WEIGHTS, TrainConfig
+from sae.config import TrainConfig
 from sae.find import LONG, REMAINING, SHORT, Found, find_sparsity_weight
 from sae.train import Run, train
 
@@ -32,7 +32,7 @@ class L0Search:
         model: a loaded model to use in the place of ``config.model``.
 
     Raises:
-        InputError: an architecture without a sparsity weight, or settings that cannot work.
+        InputError: an architecture whose L0 is not found in this way, or settings that cannot work.
     """
 
     def __init__(
@@ -45,7 +45,12 @@ class L0Search:
         progress: Progress = silent,
     ) -> None:
         sae = config.sae
-        if sae.architecture not in SPARSITY_WEIGHTS:
+        if sae.architecture == "jumprelu":
+            raise InputError(
+                "Short trainings of a jumprelu SAE say little about its L0 after a long one: give"
+                f" --target-l0 {target_l0:g}, which reaches and holds it in one training."
+            )
+        if sae.architecture not in REMAINING:
             raise InputError(
                 f"The L0 of {sae.architecture} is its k: give --k {target_l0:g}, there is nothing to find."
             )

@@ -100,6 +100,10 @@ def test_bad_input_gets_one_sentence_before_anything_is_loaded(tmp_path: Path, s
     )
     assert refused("--find", "l1=3") == "--find takes l0=NUMBER, and 'l1=3' is not of that form."
     assert refused("--find", "l0=32") == "The L0 of topk is its k: give --k 32, there is nothing to find."
+    assert refused("--find", "l0=32", "--architecture", "jumprelu") == (
+        "Short trainings of a jumprelu SAE say little about its L0 after a long one: give --target-l0 32, which reaches"
+        " and holds it in one training."
+    )
     assert refused("--find", "l0=32", "--architecture", "relu", "--tokens", "20000") == (
         "A training of 20,000 tokens is too short to try 0.0625 of it, which has 19 steps and needs 100: give more"
         " tokens, or fewer --batch-tokens."
