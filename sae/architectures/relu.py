@@ -21,7 +21,6 @@ from torch import Tensor
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
 from sae.l0_control import WeightControl
-from sae.mesh import mesh_in_force
 from sae.paying import Entries, Rule, paid_loss
 from sae.sparse import encode_relu
 
@@ -69,8 +68,7 @@ class _ReLURule(Rule):
 
     def rescaling(self) -> Tensor:
         """The penalty with the exponent before, as a multiple of the penalty now; 1 where nothing fires."""
-        own = torch.stack([self.powers_before @ self.norms, self.powers @ self.norms])
-        before, now = mesh_in_force().sum_over_all(own)
+        before, now = self.powers_before @ self.norms, self.powers @ self.norms
         return torch.where(now > 0, before / now, torch.ones_like(now))
 
 
