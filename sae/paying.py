@@ -265,7 +265,7 @@ def _evaluated(
         gradients["encoder_rows"].addr_(everywhere, inputs)
         product = product + everywhere * n
     gradients |= {"product": product, "b_enc": product.clone(), **rule.gradients()}
-    norms = w.W_dec.norm(dim=1).clamp_min_(torch.finfo(w.W_dec.dtype).tiny)
+    norms = w.W_dec.norm(dim=1).clamp_min_(1e-12)
     gradients["W_dec"].addcmul_(w.W_dec, (gradients.pop("norms") / norms)[:, None])
     penalty, terms = rule.penalty()
     return mse + auxiliary + penalty, {"mse": mse, **terms}, firings.long(), gradients
