@@ -29,6 +29,7 @@ SHORT, LONG = 1 / 16, 1 / 4
 REMAINING = {"relu": 1 / 3, "gated": 1.0}  # jumprelu: no such law (40 was sought, 60 came of it)
 SLOPE = -1.5  # of log L0 over log λ, until two trials say more
 LARGEST_STEP = 8.0  # factor on λ from one trial to the next
+LEAST_STEP = 0.02  # in log λ
 NEAR_ENOUGH = {
     SHORT: 0.05,
     LONG: 0.15,
@@ -113,6 +114,10 @@ def _search(
         if len(points) == MAX_TRIALS[part]:
             raise _NotFoundError
         x = _next(points, goal, slope)
+        across = [point for point in points if (point[1] > goal) != (_nearest(points, goal)[1] > goal)]
+        if across and min(abs(x - point[0]) for point in points) < LEAST_STEP:
+            # The curve bends: a line alone would stay where it is.
+            x = (_nearest(points, goal)[0] + _nearest(across, goal)[0]) / 2
         points.append((x, log_l0(x)))
     return points
 

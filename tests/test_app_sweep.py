@@ -67,10 +67,8 @@ def test_a_sweep_from_a_file_which_flags_change(tmp_path: Path, texts: Path, sae
     assert "2 SAEs on 10,000 tokens" in printed
 
 
-def test_the_weight_for_an_l0_is_found_and_said_with_its_command(
-    tmp_path: Path, texts: Path, sae: Command
-) -> None:
-    words = ("--text", texts, *SHORT, "--batch-tokens", "8", "--architecture", "relu")
+def test_the_weight_for_an_l0_is_found_and_said_with_its_command(tmp_path: Path, sae: Command) -> None:
+    words = (*SHORT, "--batch-tokens", "8", "--learning-rate", "0.003", "--architecture", "relu")
     printed = sae("sweep", "--find", "l0=8", "--out", tmp_path / "find", *words)
     command = printed.strip().splitlines()[-1]
     weight = float(re.findall(r"--sparsity-weight ([\d.e-]+)", command)[0])
