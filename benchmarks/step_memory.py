@@ -19,6 +19,7 @@ import torch
 from steps import BATCHES, SHAPES, Shape, make_batches, make_trainer
 
 from sae.architectures.registry import ARCHITECTURES
+from sae.memory import freed_memory_kept
 
 STEPS = 20
 MEGABYTE = 1 << 20
@@ -107,4 +108,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with freed_memory_kept():  # as in sae.train
+        sys.exit(main())

@@ -37,6 +37,8 @@ from safetensors.torch import save_file
 from steps import BATCHES, SHAPES, Shape, make_batches, make_trainer
 from torch import Tensor
 
+from sae.memory import freed_memory_kept
+
 WARM_UP = 2
 PAUSE = 0.05  # seconds: long enough for the other process' idle threads to stop spinning
 TILES = (256, 512, 1024)
@@ -265,4 +267,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with freed_memory_kept():  # as in sae.train
+        sys.exit(main())
