@@ -19,7 +19,7 @@ import torch
 from steps import BATCHES, SHAPES, Shape, make_batches, make_trainer
 
 from sae.architectures.registry import ARCHITECTURES
-from sae.memory import freed_memory_kept
+from sae.memory import keep_freed_memory
 
 STEPS = 20
 MEGABYTE = 1 << 20
@@ -108,5 +108,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with freed_memory_kept():  # as in sae.train
-        sys.exit(main())
+    keep_freed_memory()  # as sae.train does
+    sys.exit(main())

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from steps import BATCHES, SHAPES, Shape, make_batches, make_trainer
 from torch import Tensor
 
-from sae.memory import freed_memory_kept
+from sae.memory import keep_freed_memory
 
 WARM_UP = 2
 PAUSE = 0.05  # seconds: long enough for the other process' idle threads to stop spinning
@@ -267,5 +267,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with freed_memory_kept():  # as in sae.train
-        sys.exit(main())
+    keep_freed_memory()  # as sae.train does
+    sys.exit(main())

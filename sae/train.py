@@ -23,7 +23,7 @@ from sae.differences import refuse_other
 from sae.held_out import held_out_metrics
 from sae.interrupt import Interruptions
 from sae.log import Diverged, MetricsLog
-from sae.memory import freed_memory_kept
+from sae.memory import keep_freed_memory
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder
 from sae.scaling import Scaling
@@ -192,8 +192,8 @@ def _train(trainings: list["_Training"], batches: Batches, scaling: Scaling, pro
     if first.stream is not None:
         batches.load_state_dict(first.stream)
     diverged: list[Diverged] = []
-    bar = progress("train", total=tokens, unit="tokens")
-    with freed_memory_kept(), Interruptions() as signals, bar as advance:
+    keep_freed_memory()
+    with Interruptions() as signals, progress("train", total=tokens, unit="tokens") as advance:
         advance(first.trainer.tokens_done)
         try:
             for batch in itertools.islice(batches, n_steps - done):
