@@ -4,6 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LONGEST_WAIT = timedelta(days=7)
 """One process may tokenise for hours while the others wait."""
@@ -31,15 +35,17 @@ def local_rank() -> int | None:
     return None if rank is None else int(rank)
 
 
-def started_processes() -> Processes:
+def started_processes(device: "torch.device | None" = None) -> Processes:
     """Those that ``torchrun`` started, of which this is one; otherwise this process alone.
 
-    They exchange nothing but "I am here": gloo serves every machine.
+    Args:
+        device: where tensors lie that they will exchange; None for nothing but "I am here".
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+        on_cuda = device is not None and device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=LONGEST_WAIT)
     return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier)

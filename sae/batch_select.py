@@ -9,6 +9,9 @@ cheaper than TopK's selection row by row.
 
 Elsewhere the host does not know how many candidates there are unless it waits for the device. There the largest of
 every tile are found by ``topk``, and the largest of those.
+
+Several processes (:mod:`sae.mesh`) bring candidates of their own, and the threshold is that of all of them; then the
+host does wait, for the number of its winners.
 """
 
 import math
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 from sae.codes import Pattern, SparseCodes
+from sae.global_select import nth_largest, winners_of_batch
+from sae.mesh import ALONE, Mesh, mesh_in_force
 from sae.sparse import differentiable, map_tiles
 
 Array = npt.NDArray[Any]
@@ -55,16 +60,19 @@ def batch_topk_codes(
         encoder_rows: ``[d_sae, d_in]``. encoder_bias: ``[d_sae]``. count: how many entries to keep, n·k.
 
     Returns:
-        ragged codes, ``values`` differentiable; see :func:`encode_batch_topk`.
+        ragged codes, ``values`` differentiable; see :func:`encode_batch_topk`. Of several processes each gives a number
+        of entries for its own rows, and keeps those of its entries that are among the largest of all.
     """
     with torch.no_grad():
         centred = x if input_bias is None else x - input_bias
-        codes = encode_batch_topk(centred, encoder_rows, encoder_bias, count)
+        codes = encode_batch_topk(centred, encoder_rows, encoder_bias, count, mesh_in_force())
     return differentiable(codes, centred, input_bias, encoder_rows, encoder_bias, relu=True)
 
 
 @torch.no_grad()
-def encode_batch_topk(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, count: int) -> SparseCodes:
+def encode_batch_topk(
+    centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, count: int, mesh: Mesh = ALONE
+) -> SparseCodes:
     """The ``count`` largest positive entries of ``centred · W_enc + b_enc``; no gradient.
 
     Args:
@@ -77,9 +85,12 @@ def encode_batch_topk(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tenso
     """
     n, d_sae = len(centred), len(encoder_rows)
     if centred.device.type != "cpu":
-        places, values = _topk_of_tiles(centred, encoder_rows, encoder_bias, count)
+        places, values = _topk_of_tiles(centred, encoder_rows, encoder_bias, count * mesh.n_data)
     else:
-        places, values = _search(centred, encoder_rows, encoder_bias, count)
+        places, values = _search(centred, encoder_rows, encoder_bias, count, mesh)
+    if mesh.size > 1:
+        won = winners_of_batch(values, count * mesh.n_data, mesh).nonzero().flatten()
+        places, values = places[won], values[won]
     starts = torch.arange(n + 1, device=places.device) * d_sae
     pattern = Pattern(d_sae, (places % d_sae).int(), torch.searchsorted(places, starts))
     return SparseCodes(pattern, values)
@@ -88,7 +99,7 @@ def encode_batch_topk(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tenso
 def _topk_of_tiles(
     centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Places in the flattened batch, ascending, and values, negative ones clipped at 0: ``[count]`` each."""
+    """Places in the flattened batch, ascending, and values, negative ones clipped at 0: ``[count]`` each, or all."""
 
     def largest(tile: Tensor) -> tuple[int, Tensor, Tensor]:
         values, places = tile.flatten().topk(min(count, tile.numel()), sorted=False)
@@ -99,14 +110,21 @@ def _topk_of_tiles(
         all_places.append(places + start * len(encoder_rows))
         all_values.append(values)
         start += n_rows
-    values, chosen = torch.cat(all_values).topk(count, sorted=False)
+    candidates = torch.cat(all_values)
+    values, chosen = candidates.topk(min(count, len(candidates)), sorted=False)
     places, order = torch.cat(all_places)[chosen].sort()
     return places, values[order].relu_()
 
 
-def _search(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Places in the flattened batch, ascending, and values, all positive; see the module."""
+def _search(
+    centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, count: int, mesh: Mesh
+) -> tuple[Tensor, Tensor]:
+    """Places in the flattened batch, ascending, and values, all positive; see the module.
+
+    Of several processes each finds all of its entries that can be among the largest.
+    """
     per_row = math.ceil(_SLACK * count / max(len(centred), 1))
+    count *= mesh.n_data
     found = map_tiles(
         lambda tile: _above(tile.numpy(), _likely_cut(tile.numpy(), per_row), count),
         centred,
@@ -114,8 +132,10 @@ def _search(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor, count: 
         encoder_bias,
     )
     values = np.concatenate([part.values for part in found])
-    bound = _threshold(values, count)
-    highest = max(part.cut for part in found)
+    bound, highest = _threshold(values, count), max(part.cut for part in found)
+    if mesh.size > 1:
+        bound = float(nth_largest(torch.from_numpy(values), count, mesh))
+        highest = -float(mesh.smallest_of_all(torch.tensor(-highest, dtype=torch.float64)))
     if highest > 0 and highest >= bound:  # something between the cut and the bound may have been missed
         cut = float(np.nextafter(values.dtype.type(bound), values.dtype.type(0)))  # so that ties are found
         found = map_tiles(lambda tile: _above(tile.numpy(), cut, count), centred, encoder_rows, encoder_bias)

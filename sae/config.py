@@ -224,6 +224,8 @@ class TrainConfig:
     """triton: our kernels (CUDA only, not timed yet) for Adam and the sparse part of topk, batch_topk, matryoshka."""
     product: Literal["float32", "bfloat16"] = "float32"
     """Number format of the encoder product, and with triton of gathered rows (relu, gated, jumprelu: once few fire)."""
+    shards: int = 1
+    """Under torchrun: deal the features out to so many processes, for an SAE larger than one device."""
     checkpoint_every: int | None = None
     """Tokens between two checkpoints, the most that an interrupted run repeats; by default a tenth of the run."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -257,10 +259,12 @@ class TrainConfig:
         ):
             if seed < 0:
                 raise InputError(f"{name} is {seed}, and must not be negative.")
-        for name in ("batch_tokens", "buffer_tokens", "resample_every", "checkpoint_every"):
+        for name in ("batch_tokens", "buffer_tokens", "resample_every", "checkpoint_every", "shards"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, and must be at least 1.")
+        if self.sae.d_sae % self.shards:
+            raise InputError(f"d_sae is {self.sae.d_sae}, and must be a multiple of shards, {self.shards}.")
         self._check_optimiser()
         if self.kernels != "torch":
             from activations.loading import resolve_device
@@ -311,6 +315,7 @@ class TrainConfig:
             decay=self.resolved_decay(),
             clip_norm=self.resolved_clip_norm(),
             init_b_dec=self.resolved_init_b_dec(),
+            shards=1,
             checkpoint_every=None,
             log_to=(),
         )

@@ -10,6 +10,7 @@ checkpoint: a run depends neither on the device nor on interruptions.
 import torch
 from torch import Tensor
 
+from sae.mesh import ALONE, Mesh
 from sae.readback import Readback
 
 REFRESH_STEPS = 16  # at most; a hundredth of shorter runs
@@ -20,31 +21,41 @@ class DeadFeatures:
 
     Args:
         d_sae: number of features. window: a feature silent for more than so many tokens is dead.
-        n_steps: length of the run. device: where the weights are.
+        n_steps: length of the run. device: where the weights are. mesh: every process keeps count of all features.
 
     Attributes:
         silent_tokens: int64 ``[d_sae]``, tokens since each feature fired.
         window: see above.
         indices: int64, the features that count as dead now (the list in force).
+        own: those of this shard, numbered from its first feature.
     """
 
-    def __init__(self, d_sae: int, window: int, n_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, d_sae: int, window: int, n_steps: int, device: torch.device, mesh: Mesh = ALONE
+    ) -> None:
         self.window = window
+        shard_size = d_sae // mesh.n_shards
+        self._first, self._end = mesh.shard * shard_size, (mesh.shard + 1) * shard_size
         self.refresh_steps = max(1, min(REFRESH_STEPS, n_steps // 100))
         self.silent_tokens = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.indices = torch.empty(0, dtype=torch.int64, device=device)
+        self.indices = self.own = torch.empty(0, dtype=torch.int64, device=device)
         self._coming = Readback(self.mask())
 
     def mask(self) -> Tensor:
         """bool ``[d_sae]``: the features that have been silent for too long by now."""
         return self.silent_tokens > self.window
 
+    @property
+    def elsewhere(self) -> int:
+        """Number of features in force that are not of this shard."""
+        return len(self.indices) - len(self.own)
+
     def at(self, step: int) -> Tensor:
-        """The list in force at this step, refreshed where it is due; call it once before every step."""
+        """``own`` as it is in force at this step, refreshed where that is due; call it once before every step."""
         if step % self.refresh_steps == 0:
             self._take_up(self._coming.value())
             self._coming = Readback(self.mask())
-        return self.indices
+        return self.own
 
     def refresh(self) -> None:
         """Bring the list up to date at once; this waits for the device."""
@@ -61,10 +72,12 @@ class DeadFeatures:
         self.refresh()
 
     def _take_up(self, dead: Tensor) -> None:
-        found = dead.nonzero().flatten()
-        if self.silent_tokens.device.type == "cuda":
-            found = found.pin_memory()
-        self.indices = found.to(self.silent_tokens.device, non_blocking=True)
+        self.indices = self._sent(dead.nonzero().flatten())
+        self.own = self._sent(dead[self._first : self._end].nonzero().flatten())
+
+    def _sent(self, found: Tensor) -> Tensor:
+        device = self.silent_tokens.device
+        return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
@@ -79,4 +92,5 @@ class DeadFeatures:
         device = self.silent_tokens.device
         self.silent_tokens.copy_(state["silent_tokens"])
         self.indices = state["indices"].to(device)
+        self.own = self.indices[(self.indices >= self._first) & (self.indices < self._end)] - self._first
         self._coming = Readback(state["coming"].to(device))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sae.architectures.base import Moment
 from sae.config import SAEConfig
+from sae.mesh import mesh_in_force
 
 _PROPORTIONAL, _INTEGRAL = 1.0, 20.0
 _MEMORY = 0.9  # of the measurement, from batch to batch
@@ -59,10 +60,12 @@ class Control(ABC):
         return self._controlled(moment)
 
     def next_state(self, moment: Moment, l0: Tensor) -> dict[str, Tensor]:
-        """The state after a batch with this L0 (scalar); what others keep in ``moment.state`` stays."""
+        """The state after a batch with this L0 (scalar, this process's); the rest of ``moment.state`` stays in it."""
         if self.config.target_l0 is None:
             return moment.state
         most = math.exp(_LARGEST_ERROR)
+        mesh = mesh_in_force()
+        l0 = mesh.mean_over_data(mesh.sum_over_features(l0))
         off = (l0 / self.config.target_l0).clamp(1 / most, most).log()
         return moment.state | self._answer(moment, off)
 

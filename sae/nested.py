@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sae.codes import Pattern, SparseCodes, Transposed
 from sae.kernels.choice import serving
+from sae.mesh import ALONE, Mesh, mesh_in_force
 from sae.sparse import TORCH
 
 _CHUNK_ROWS = 1024
@@ -43,14 +44,17 @@ def nested_squared_error(
 
     Args:
         codes: ragged, features ascending within a row. decoder: ``[d_sae, d_out]``. b_dec: ``[d_out]``.
-        goal: ``[n, d_out]``. widths: ascending, d_sae last. weights: one per width.
+        goal: ``[n, d_out]``. widths: ascending, d_sae last; of all shards, where features are sharded. weights: one per
+            width.
 
     Returns:
         the sum; the mean of every level ``[levels]`` and the last level's ``ŷ − goal`` ``[n, d_out]``, both without
         gradient.
     """
     function = _ByBands if goal.device.type == "cpu" else _Stacked
-    total, levels, error = function.apply(codes.values, decoder, b_dec, goal, codes.pattern, widths, weights)
+    first = mesh_in_force().shard * codes.d_sae
+    own = tuple(min(max(width - first, 0), codes.d_sae) for width in widths)
+    total, levels, error = function.apply(codes.values, decoder, b_dec, goal, codes.pattern, own, weights)
     return total, levels, error
 
 
@@ -75,8 +79,17 @@ class _Band:
     pattern: Pattern
     places: Tensor
 
-    def add_to(self, error: Tensor, values: Tensor, decoder: Tensor, sign: float) -> None:
-        """Add ``sign`` times what these entries decode to, some rows at a time; ``values`` are those of all entries."""
+    def add_to(self, error: Tensor, values: Tensor, decoder: Tensor, sign: float, mesh: Mesh = ALONE) -> None:
+        """Add ``sign`` times what these entries and those of other shards decode to, some rows at a time.
+
+        Args:
+            values: of all entries, not of the band's alone.
+        """
+        if mesh.n_shards > 1:
+            added = torch.zeros_like(error)
+            self.add_to(added, values, decoder, 1)
+            error.add_(mesh.sum_over_features(added), alpha=sign)
+            return
         own = values[self.places]
         for start in range(0, len(error), _CHUNK_ROWS):
             rows = error[start : start + _CHUNK_ROWS]
@@ -127,10 +140,11 @@ class _ByBands(torch.autograd.Function):
         weights: tuple[float, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.pattern, ctx.bands, ctx.weights = pattern, _bands(pattern, widths), weights
+        ctx.mesh = mesh_in_force()
         error = b_dec - goal
         means = []
         for band in ctx.bands:
-            band.add_to(error, values, decoder, 1)
+            band.add_to(error, values, decoder, 1, ctx.mesh)
             means.append(torch.linalg.vector_norm(error).square() / len(goal))
         ctx.save_for_backward(values, decoder, error)
         last = error.clone()  # the backward pass takes the error apart in its place
@@ -148,7 +162,7 @@ class _ByBands(torch.autograd.Function):
             d_values[band.places] = TORCH.gathered_dots(slope, decoder, band.pattern) * factor
             band.weighted_sums(transposed, slope, weighted, out=d_decoder)
             if level:
-                band.add_to(error, values, decoder, -1)
+                band.add_to(error, values, decoder, -1, ctx.mesh)
                 slope.add_(error, alpha=ctx.weights[level - 1])
         d_b_dec = slope.sum(0) * factor
         d_goal = slope.mul_(-factor) if ctx.needs_input_grad[3] else None
@@ -176,7 +190,8 @@ class _Stacked(torch.autograd.Function):
         ctx.nested = Pattern(pattern.d_sae, pattern.indices, torch.searchsorted(ctx.rows, starts))
         ctx.pattern, ctx.weights = pattern, weights
         ctx.kernels = serving(ctx.nested, decoder) or TORCH
-        added = ctx.kernels.gather_sum(values, ctx.nested, decoder).view(n, n_levels, d_out)
+        decoded = ctx.kernels.gather_sum(values, ctx.nested, decoder)
+        added = mesh_in_force().sum_over_features(decoded).view(n, n_levels, d_out)
         errors = added.cumsum(1).add_((b_dec - goal).unsqueeze(1))
         ctx.save_for_backward(values, decoder, errors)
         means = [torch.linalg.vector_norm(error).square() / n for error in errors.unbind(1)]

@@ -22,6 +22,7 @@ from torch.nn.functional import embedding_bag
 
 from sae.architectures.base import Architecture, Weights
 from sae.codes import Pattern
+from sae.mesh import mesh_in_force
 from sae.sparse import _buffer, gathered_dots, map_tiles, tile_rows
 
 SPARSE_BELOW = 1 / 5  # of all entries: from there on the sparse layout is faster
@@ -138,10 +139,10 @@ class SparseEntries(Entries):
 
 
 class Rule(ABC):
-    """What an architecture does at one entry, for one batch; the mean over rows is its business (``1/n`` included).
+    """What an architecture does at one entry, for one batch; the factor 1/n of the mean is its business.
 
-    It sees the entries part by part (:meth:`firing`, :meth:`codes`, :meth:`slopes`), sums up what it needs, and gives the
-    rest of the loss and of the gradients at the end (:meth:`penalty`, :meth:`gradients`).
+    It sees the entries part by part (:meth:`firing`, :meth:`codes`, :meth:`slopes`), sums up what it needs, and gives
+    the rest of the loss and of the gradients at the end (:meth:`penalty`, :meth:`gradients`).
     """
 
     @abstractmethod
@@ -153,7 +154,7 @@ class Rule(ABC):
         return entries, lambda values: values
 
     def at_threshold(self, entries: Entries, from_error: Tensor) -> None:
-        """Take down what entries contribute that do not fire; ``from_error`` as in :meth:`slopes`, of all ``entries``."""
+        """Take down what entries contribute that do not fire; ``from_error``: see :meth:`slopes`."""
         return
 
     @abstractmethod
@@ -219,7 +220,8 @@ def paid_loss(
         centred = architecture.centred(weights, x)
         value, terms, firings, gradients = _evaluated(rule, weights, centred, goal)
         if architecture.input_bias(weights) is not None:
-            gradients["b_dec"] -= gradients.pop("product") @ weights.encoder_rows
+            by_input = gradients.pop("product") @ weights.encoder_rows
+            gradients["b_dec"] -= mesh_in_force().sum_over_features(by_input)
         gradients.pop("product", None)
     named = weights.tensors() | {"goal": goal}
     total = _Known.apply(value, list(gradients.values()), *(named[name] for name in gradients))
@@ -234,6 +236,7 @@ def _evaluated(
     gradients = {"b_dec": torch.zeros_like(w.b_dec)}
     if goal.requires_grad:
         gradients["goal"] = torch.empty_like(goal)
+    mesh = mesh_in_force()
     mse = auxiliary = goal.new_zeros(())
     firings = product = torch.zeros_like(w.b_enc)
     for rows, entries in _parts(rule, centred, w):
@@ -241,7 +244,7 @@ def _evaluated(
         codes = rule.codes(firing)
         from_error = []
         for place, code in enumerate(codes):
-            error = firing.decoded(code, w.W_dec).add_(w.b_dec).sub_(goal[rows])
+            error = mesh.sum_over_features(firing.decoded(code, w.W_dec)).add_(w.b_dec).sub_(goal[rows])
             square = torch.linalg.vector_norm(error).square() / n
             error.mul_(2 / n)
             dots = entries.dots(error, w.W_dec)
@@ -268,6 +271,9 @@ def _evaluated(
     norms = w.W_dec.norm(dim=1).clamp_min_(1e-12)
     gradients["W_dec"].addcmul_(w.W_dec, (gradients.pop("norms") / norms)[:, None])
     penalty, terms = rule.penalty()
+    if mesh.n_shards > 1:
+        penalty, *parts = mesh.sum_over_features(torch.stack([penalty, *terms.values()])).unbind()
+        terms = dict(zip(terms, parts, strict=True))
     return mse + auxiliary + penalty, {"mse": mse, **terms}, firings.long(), gradients
 
 
@@ -284,11 +290,12 @@ def _parts(rule: Rule, centred: Tensor, weights: Weights) -> Iterator[tuple[slic
 
 
 def _few_matter(rule: Rule, centred: Tensor, weights: Weights) -> bool:
-    """Judged by the first rows. Elsewhere than on a CPU always false: the question would wait for the device."""
+    """Judged by the first rows, alike by all shards. Elsewhere than on a CPU false: asking would make it wait."""
     if centred.device.type != "cpu":
         return False
     sample = torch.addmm(weights.b_enc, centred[:_SAMPLE], weights.encoder_rows.t())
-    return float(rule.matters(sample).float().mean()) < SPARSE_BELOW
+    share = mesh_in_force().sum_over_features(rule.matters(sample).float().mean())
+    return float(share) < SPARSE_BELOW * mesh_in_force().n_shards
 
 
 def _sparse_entries(rule: Rule, centred: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> SparseEntries:

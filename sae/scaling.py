@@ -48,6 +48,11 @@ class Scaling:
         read, written = activations.split([self.d_in, self.d_out], dim=1)
         return (read - self.mean).mul_(self.scale), (written - self.mean_out).mul_(self.scale_out)
 
+    def to(self, device: torch.device | str) -> "Scaling":
+        """The same with its tensors on this device."""
+        mean_out = None if self.mean_out is None else self.mean_out.to(device)
+        return replace(self, mean=self.mean.to(device), mean_out=mean_out)
+
     def folded(self, weights: Weights) -> Weights:
         """The weights in the units of raw activations; the decoder's rows stay as they are.
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sae.codes import Pattern, SparseCodes, Transposed
+from sae.global_select import winners_of_rows
 from sae.kernels.choice import Kernels, narrow, selecting, serving
+from sae.mesh import mesh_in_force
 from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
@@ -165,8 +167,9 @@ def encode_topk(
         relu: clip the selected values at 0.
 
     Returns:
-        values ``[n, k]`` and int32 indices ``[n, k]``.
+        values ``[n, k]`` and int32 indices ``[n, k]``; all entries if there are fewer.
     """
+    k = min(k, len(encoder_rows))
     kernels = selecting() or TORCH
     parts = map_tiles(
         lambda tile: kernels.topk(tile, k),
@@ -196,6 +199,7 @@ class _Encode(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, values, centred)
         ctx.pattern, ctx.relu, ctx.kernels = pattern, relu, serving(pattern, rows) or TORCH
+        ctx.mesh = mesh_in_force()
         return values.view_as(values)
 
     @staticmethod
@@ -205,7 +209,7 @@ class _Encode(torch.autograd.Function):
         d_rows = ctx.kernels.weighted_sums(ctx.pattern.transposed, centred, grad)
         d_bias = torch.zeros_like(rows[:, 0]).index_add_(0, ctx.pattern.indices.flatten(), grad.flatten())
         # The gradient of the input bias needs no [n, d_in] gather: Σ_n Σ_i g_ni W_i = (Σ_n g_n) · W.
-        d_input_bias = -(d_bias @ rows) if ctx.needs_input_grad[0] else None
+        d_input_bias = -ctx.mesh.sum_over_features(d_bias @ rows) if ctx.needs_input_grad[0] else None
         return d_input_bias, d_rows, d_bias, None, None, None, None
 
 
@@ -214,7 +218,8 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(values, decoder)
         ctx.pattern, ctx.kernels = pattern, serving(pattern, decoder) or TORCH
-        return ctx.kernels.gather_sum(values, pattern, decoder).add_(b_dec)
+        decoded = ctx.kernels.gather_sum(values, pattern, decoder)
+        return mesh_in_force().sum_over_features(decoded).add_(b_dec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -233,7 +238,13 @@ class _SquaredError(torch.autograd.Function):
         ctx: Any, values: Tensor, decoder: Tensor, b_dec: Tensor, goal: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         ctx.kernels = serving(pattern, decoder) or TORCH
-        error, d_values = ctx.kernels.error_and_dots(values, pattern, decoder, b_dec, goal)
+        mesh = mesh_in_force()
+        if mesh.n_shards == 1:
+            error, d_values = ctx.kernels.error_and_dots(values, pattern, decoder, b_dec, goal)
+        else:
+            decoded = mesh.sum_over_features(ctx.kernels.gather_sum(values, pattern, decoder))
+            error = decoded.add_(b_dec).sub_(goal)
+            d_values = ctx.kernels.gathered_dots(error, decoder, pattern)
         ctx.save_for_backward(values, error, d_values)
         ctx.pattern, ctx.factor = pattern, 2 / len(goal)
         ctx.mark_non_differentiable(error)
@@ -345,7 +356,16 @@ def topk_codes(
         centred = x if input_bias is None else x - input_bias
         values, indices = encode_topk(centred, encoder_rows, encoder_bias, k, relu=relu)
     codes = SparseCodes(Pattern(len(encoder_rows), indices), values)
-    return differentiable(codes, centred, input_bias, encoder_rows, encoder_bias, relu=relu)
+    return winning(differentiable(codes, centred, input_bias, encoder_rows, encoder_bias, relu=relu), k)
+
+
+def winning(codes: SparseCodes, k: int) -> SparseCodes:
+    """Codes in the fixed layout of one shard of the features, 0 but for the k largest of a row over all shards."""
+    mesh = mesh_in_force()
+    if mesh.n_shards == 1:
+        return codes
+    lost = ~winners_of_rows(codes.values.detach(), k, mesh)
+    return SparseCodes(codes.pattern, codes.values.masked_fill(lost, 0))
 
 
 def differentiable(

@@ -18,6 +18,9 @@ from torch import Tensor
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
 
+REPLICATED = ("b_dec", "W_skip")
+"""Weights without a row for every feature: where features are sharded, each process has all of them."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -59,14 +62,16 @@ class Moment:
 
     Attributes:
         done: fraction of the run that has passed, for schedules.
-        dead: int64 indices of the features that have not fired for a long time.
+        dead: int64 indices of the features of this shard that have not fired for a long time.
         state: what the architecture carries from step to step (small tensors, by name; see
             :meth:`Architecture.initial_state`). It belongs to the checkpoint.
+        dead_elsewhere: number of such features on other shards.
     """
 
     done: float
     dead: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    dead_elsewhere: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from sae.architectures.selecting import Reconstruction, Selecting
 from sae.batch_select import batch_topk_codes
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
+from sae.mesh import mesh_in_force
 from sae.sparse import squared_error
 
 THRESHOLD_DECAY = 0.99
@@ -73,9 +74,10 @@ class BatchTopK(Selecting):
 
 
 def threshold_state(state: dict[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-    """The state after a batch in which ``values`` were selected; as it was where none of them is positive."""
+    """The state after a batch in which ``values`` were selected here; as it was where none of them is positive."""
     infinity = values.new_full((1,), torch.inf)
-    smallest = torch.cat([infinity, torch.where(values > 0, values, infinity)]).min()
+    own = torch.cat([infinity, torch.where(values > 0, values, infinity)]).min()
+    smallest = mesh_in_force().smallest_of_all(own)
     some = torch.isfinite(smallest)
     share = (1 - THRESHOLD_DECAY) * some
     return {

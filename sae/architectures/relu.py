@@ -21,6 +21,7 @@ from torch import Tensor
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
 from sae.l0_control import WeightControl
+from sae.mesh import mesh_in_force
 from sae.paying import Entries, Rule, paid_loss
 from sae.sparse import encode_relu
 
@@ -68,7 +69,8 @@ class _ReLURule(Rule):
 
     def rescaling(self) -> Tensor:
         """The penalty with the exponent before, as a multiple of the penalty now; 1 where nothing fires."""
-        before, now = self.powers_before @ self.norms, self.powers @ self.norms
+        own = torch.stack([self.powers_before @ self.norms, self.powers @ self.norms])
+        before, now = mesh_in_force().sum_over_all(own)
         return torch.where(now > 0, before / now, torch.ones_like(now))
 
 

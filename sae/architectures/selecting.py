@@ -47,12 +47,14 @@ class Selecting(Architecture):
         auxk = self.config.auxk
         found = self.reconstruct(weights, x, self.goal(weights, x, y), self.k_at(moment.done), moment)
         total, terms = found.total, found.terms
-        if len(moment.dead) and auxk:
-            auxiliary = auxk_loss(weights, self.input_bias(weights), x, y, -found.error, moment.dead)
+        if len(moment.dead) + moment.dead_elsewhere and auxk:
+            auxiliary = auxk_loss(
+                weights, self.input_bias(weights), x, y, -found.error, moment.dead, moment.dead_elsewhere
+            )
             terms = {**terms, "auxk": auxiliary.detach()}
             total = total + auxk * auxiliary
         fires = found.codes.values.detach() != 0
-        firings = torch.zeros(self.config.d_sae, device=x.device).index_add_(
+        firings = torch.zeros(len(weights.b_enc), dtype=torch.float32, device=x.device).index_add_(
             0, found.codes.indices.flatten(), fires.flatten().float()
         )
         return Loss(total, terms, fires.sum(), firings > 0, found.state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.architectures.base import Moment, Weights
 from sae.architectures.selecting import Reconstruction, Selecting
 from sae.codes import Pattern, SparseCodes
-from sae.sparse import encode_topk, squared_error, topk_codes, topk_of_tile
+from sae.sparse import encode_topk, squared_error, topk_codes, topk_of_tile, winning
 
 MULTI = 4
 
@@ -54,4 +54,4 @@ def _largest(codes: SparseCodes, k: int) -> SparseCodes:
     """The k largest entries of each row of codes in the fixed layout, with their gradients."""
     _, places = topk_of_tile(codes.values.detach(), k)
     indices = codes.indices.gather(1, places)
-    return SparseCodes(Pattern(codes.d_sae, indices), codes.values.gather(1, places))
+    return winning(SparseCodes(Pattern(codes.d_sae, indices), codes.values.gather(1, places)), k)
