@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from activations.errors import Terminated
+from sae.mesh import ALONE, Mesh
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -15,13 +16,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruptions:
     """While the context is open, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, both outside ``held``.
 
-    In a thread that is not the main one Python hears no signals, and nothing is changed.
+    In a thread that is not the main one Python hears no signals, and nothing is changed. Of several processes (``mesh``)
+    all stop after the same step: a signal that any of them heard is raised in all at the end of ``held``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: Mesh = ALONE) -> None:
+        self._mesh = mesh
         self._before: dict[signal.Signals, Any] = {}
         self._holding = False
-        self._waiting: int | None = None
+        self._waiting = 0
 
     def __enter__(self) -> "Interruptions":
         if threading.current_thread() is threading.main_thread():
@@ -35,7 +38,7 @@ class Interruptions:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._holding:
+        if self._holding or self._mesh.size > 1:
             self._waiting = number
         else:
             raise _exception(number)
@@ -48,9 +51,10 @@ class Interruptions:
             yield
         finally:
             self._holding = False
-        if self._waiting is not None:
-            number, self._waiting = self._waiting, None
-            raise _exception(number)
+        heard = self._mesh.most(self._waiting)
+        if heard:
+            self._waiting = 0
+            raise _exception(heard)
 
 
 def _exception(number: int) -> KeyboardInterrupt:

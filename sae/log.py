@@ -46,23 +46,15 @@ class MetricsLog:
     """The log of one run.
 
     Args:
-        path: the file. tokens_done: lines beyond this are of a run that was interrupted later, and dropped.
+        path: the file; None where another process writes it.
+        tokens_done: lines beyond this are of a run that was interrupted later, and dropped.
         sinks: hear every line as well.
     """
 
-    def __init__(self, path: Path, tokens_done: int, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, path: Path | None, tokens_done: int, sinks: Sequence[Sink] = ()) -> None:
         self.path = path
         self._sinks = sinks
-        for unfinished in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-            unfinished.unlink()
-        kept = []
-        if path.exists() and tokens_done:
-            # A line that a full disk or a kill cut short has no end.
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["tokens"] <= tokens_done]
-        write_bytes(path, "".join(line + "\n" for line in kept).encode())
-        self._last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        self._last = {} if path is None else _taken_up(path, tokens_done)
         self._coming: _Line | None = None
         self._clear()
 
@@ -71,7 +63,7 @@ class MetricsLog:
         self._n = 0
 
     def add(self, loss: Loss, power: Tensor, n: int) -> None:
-        """Add a batch of n tokens; ``power`` is the mean squared norm of what it had to reconstruct."""
+        """Add a whole batch of n tokens; ``power`` is the mean squared norm of what it had to reconstruct."""
         terms = {"loss": loss.total.detach(), **loss.terms, "power": power, "entries": loss.entries / n}
         for name, value in terms.items():
             held = self._sums.get(name)
@@ -123,7 +115,8 @@ class MetricsLog:
             **line.facts["held_out"],
         }
         self._refuse_divergence(values, power, line.facts)
-        append_line(self.path, json.dumps(values) + "\n")
+        if self.path is not None:
+            append_line(self.path, json.dumps(values) + "\n")
         self._last = values
         for sink in self._sinks:
             sink(values)
@@ -154,3 +147,18 @@ class MetricsLog:
         """Take up a state that :meth:`state` gave."""
         self._sums = {name: tensors[f"log.{name}"].to(device) for name in plain["names"]}
         self._n = plain["n"]
+
+
+def _taken_up(path: Path, tokens_done: int) -> dict[str, Any]:
+    """Drop the lines beyond ``tokens_done``; what the last one says that stays."""
+    for unfinished in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        unfinished.unlink()
+    kept: list[str] = []
+    if path.exists() and tokens_done:
+        # A line that a full disk or a kill cut short has no end.
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["tokens"] <= tokens_done]
+    write_bytes(path, "".join(line + "\n" for line in kept).encode())
+    last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+    return last

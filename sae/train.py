@@ -23,6 +23,7 @@ from sae.differences import refuse_other
 from sae.held_out import held_out_metrics
 from sae.interrupt import Interruptions
 from sae.log import Diverged, MetricsLog
+from sae.mesh import ALONE, Mesh
 from sae.memory import keep_freed_memory
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder
@@ -99,6 +100,7 @@ def train(
     *,
     held_out: Tensor | None = None,
     replace_other: bool = False,
+    mesh: Mesh = ALONE,
     progress: Progress = silent,
     watch: Watch | None = None,
 ) -> SparseAutoencoder:
@@ -109,6 +111,7 @@ def train(
         scaling,
         held_out=held_out,
         replace_other=replace_other,
+        mesh=mesh,
         progress=progress,
         watch=watch,
     )[0]
@@ -121,6 +124,7 @@ def train_side_by_side(
     *,
     held_out: Tensor | None = None,
     replace_other: bool = False,
+    mesh: Mesh = ALONE,
     progress: Progress = silent,
     watch: Watch | None = None,
 ) -> list[SparseAutoencoder]:
@@ -130,13 +134,17 @@ def train_side_by_side(
     same bits: the stream begins where the run stands that has come least far, and the others join when it reaches
     them. Ctrl-C and SIGTERM save a checkpoint of the current step.
 
+    Several processes train together: each calls this with the same runs and its place in the ``mesh``, and brings batches of
+    its own, all of one size; one below the other, in the order of the ranks, they are the batch of the step. Process 0
+    writes, and hears ``progress`` and ``watch``; the others wait for it, and a folder must be the same one for all.
+
     Args:
         runs: they must have the same hooks, batch size, number of steps and order of activations.
-        batches: the activations. scaling: the units to train in.
+        batches: the activations, this process's share of them. scaling: the units to train in.
         held_out: raw activations that training does not see, ``[n, d_in]``, for a transcoder ``[n, d_in + d_out]``;
-            now and then a line of the metrics says how well they are reconstructed.
+            now and then a line of the metrics says how well they are reconstructed. Only that of process 0 is used.
         replace_other: train anew in a folder that holds a training with other settings, instead of refusing it.
-        watch: hears the lines of all metrics.
+        mesh: the processes that train together. watch: hears the lines of all metrics.
 
     Returns:
         the SAEs in the order of the runs, on the device of ``scaling``.
@@ -150,19 +158,26 @@ def train_side_by_side(
         run.config.check()
         check_sinks(run.config.log_to)
     _refuse_unequal(runs)
+    unfinished = mesh.agreed(_unfinished(runs, replace_other) if mesh.rank == 0 else [])
+    if unfinished:
+        trainings = [_Training(runs[place], scaling, held_out, watch, mesh) for place in unfinished]
+        _train(trainings, batches, scaling, progress if mesh.rank == 0 else silent, mesh)
+    mesh.wait()  # for process 0, which writes
+    return [SparseAutoencoder.load(RunFolder(run.folder).sae).to(scaling.mean.device) for run in runs]
+
+
+def _unfinished(runs: Sequence[Run], replace_other: bool) -> list[int]:
+    """Places of the runs that are not finished, after a look at what the folders hold."""
     if not replace_other:
         for run in runs:
             run.refuse_other()
-    unfinished = []
-    for run in runs:
+    places = []
+    for place, run in enumerate(runs):
         if run.finished:  # a kill in the last moment may have left checkpoints
             shutil.rmtree(RunFolder(run.folder).checkpoints, ignore_errors=True)
         else:
-            unfinished.append(run)
-    if unfinished:
-        trainings = [_Training(run, scaling, held_out, watch) for run in unfinished]
-        _train(trainings, batches, scaling, progress)
-    return [SparseAutoencoder.load(RunFolder(run.folder).sae).to(scaling.mean.device) for run in runs]
+            places.append(place)
+    return places
 
 
 def _refuse_unequal(runs: Sequence[Run]) -> None:
@@ -185,7 +200,9 @@ def _refuse_unequal(runs: Sequence[Run]) -> None:
         raise InputError("Two runs side by side have the same folder: give each its own.")
 
 
-def _train(trainings: list["_Training"], batches: Batches, scaling: Scaling, progress: Progress) -> None:
+def _train(
+    trainings: list["_Training"], batches: Batches, scaling: Scaling, progress: Progress, mesh: Mesh
+) -> None:
     first = min(trainings, key=lambda training: training.trainer.steps_done)
     done, n_steps = first.trainer.steps_done, first.trainer.n_steps
     tokens = first.run.config.tokens_read()
@@ -193,14 +210,14 @@ def _train(trainings: list["_Training"], batches: Batches, scaling: Scaling, pro
         batches.load_state_dict(first.stream)
     diverged: list[Diverged] = []
     keep_freed_memory()
-    with Interruptions() as signals, progress("train", total=tokens, unit="tokens") as advance:
+    with Interruptions(mesh) as signals, progress("train", total=tokens, unit="tokens") as advance:
         advance(first.trainer.tokens_done)
         try:
             for batch in itertools.islice(batches, n_steps - done):
                 with signals.held():
-                    diverged += _step(trainings, done, batch, scaling, batches)
+                    diverged += _step(trainings, done, batch, scaling, batches, mesh)
                     done += 1
-                advance(len(batch))
+                advance(len(batch) * mesh.size)
                 if not trainings:
                     break
         except KeyboardInterrupt:
@@ -221,11 +238,11 @@ def _train(trainings: list["_Training"], batches: Batches, scaling: Scaling, pro
 
 
 def _step(
-    trainings: list["_Training"], done: int, batch: Tensor, scaling: Scaling, batches: Batches
+    trainings: list["_Training"], done: int, batch: Tensor, scaling: Scaling, batches: Batches, mesh: Mesh
 ) -> list[Diverged]:
     """One step of every training that stands at this batch; those that diverge are taken out of the list."""
-    x, y = scaling.apply(batch)
-    power = torch.linalg.vector_norm(y).square() / len(y)
+    x, y = scaling.apply(mesh.of_all_shards(batch.to(scaling.mean.device)))
+    power = mesh.mean_over_data(torch.linalg.vector_norm(y).square() / len(y))
     diverged = []
     for training in list(trainings):
         if training.trainer.steps_done == done:
@@ -244,23 +261,29 @@ class _Training:
         stream: where the activations stood at the checkpoint that it goes on from; None at the beginning.
     """
 
-    def __init__(self, run: Run, scaling: Scaling, held_out: Tensor | None, watch: Watch | None) -> None:
+    def __init__(
+        self, run: Run, scaling: Scaling, held_out: Tensor | None, watch: Watch | None, mesh: Mesh
+    ) -> None:
         self.run = run
         self.folder = RunFolder(run.folder)
-        self.trainer = Trainer(run.config, scaling)
+        self.trainer = Trainer(run.config, scaling, mesh)
         self.stream: dict[str, Any] | None = None
-        self._held_out = held_out
-        checkpoint = newest_checkpoint(self.folder.checkpoints, run.made_from)
+        self._mesh, self._writes = mesh, mesh.rank == 0
+        self._held_out = held_out if self._writes else None
+        self._measures = mesh.agreed(held_out is not None)
+        checkpoint = newest_checkpoint(self.folder.checkpoints, run.made_from, mesh)
         if checkpoint is not None:
             self.trainer.load_state(checkpoint.tensors, checkpoint.plain["trainer"])
             self.stream = checkpoint.stream
-        elif self.folder.checkpoints.is_dir():
+        elif self._writes and self.folder.checkpoints.is_dir():
             shutil.rmtree(self.folder.checkpoints)
         self._saved = self.trainer.steps_done
-        sinks = open_sinks(run.config.log_to, run.folder, run.config, self.trainer.tokens_done)
-        if watch is not None:
+        sinks = []
+        if self._writes:
+            sinks = open_sinks(run.config.log_to, run.folder, run.config, self.trainer.tokens_done)
+        if self._writes and watch is not None:
             sinks.append(lambda line: watch(run, line))
-        self.log = MetricsLog(self.folder.metrics, self.trainer.tokens_done, sinks)
+        self.log = MetricsLog(self.folder.metrics if self._writes else None, self.trainer.tokens_done, sinks)
         if checkpoint is not None:
             self.log.load_state(checkpoint.tensors, checkpoint.plain["log"], self.trainer.device)
         self._log_every = max(self.trainer.n_steps // LOG_LINES, 1)
@@ -278,7 +301,7 @@ class _Training:
         last = trainer.steps_done + 1 == trainer.n_steps
         line, within = divmod(trainer.steps_done + 1, self._log_every)
         log = last or within == 0
-        self.log.add(trainer.step(x, y, measure=log), power, len(x))
+        self.log.add(trainer.step(x, y, measure=log), power, len(x) * self._mesh.n_data)
         if log:
             held_out = last or line % HELD_OUT_EVERY_LINES == 0
             self.log.close_line(trainer, self._measure_held_out() if held_out else {})
@@ -286,9 +309,10 @@ class _Training:
             self.save(batches)
 
     def _measure_held_out(self) -> dict[str, float]:
-        if self._held_out is None:
+        if not self._measures or not (self._writes or self._mesh.n_shards > 1):
             return {}
-        return held_out_metrics(self.trainer.folded({}), self._held_out)
+        sae = self.trainer.folded({})  # to which all shards contribute
+        return {} if self._held_out is None else held_out_metrics(sae, self._held_out)
 
     def save(self, batches: Batches) -> None:
         """Write a checkpoint of this moment, unless it is there or weights are not finite."""
@@ -296,16 +320,19 @@ class _Training:
             return
         log_tensors, log_plain = self.log.state()
         tensors, plain = self.trainer.state()
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        if self._mesh.most(not finite):
             return  # the next line of the log says so
         checkpoint = Checkpoint(
             tensors | log_tensors, {"trainer": plain, "log": log_plain}, batches.state_dict()
         )
-        write_checkpoint(self.folder.checkpoints, self.trainer.tokens_done, checkpoint, self.run.made_from)
+        write_checkpoint(
+            self.folder.checkpoints, self.trainer.tokens_done, checkpoint, self.run.made_from, self._mesh
+        )
         self._saved = self.trainer.steps_done
 
     def finish(self) -> None:
-        """Write the SAE; its manifest comes last.
+        """Write the SAE, by process 0; its manifest comes last.
 
         Raises:
             Diverged: in the last line.
@@ -318,6 +345,8 @@ class _Training:
             "dead_window_tokens": trainer.dead.window,
         }
         sae = trainer.folded({**self.run.metadata, **facts})
+        if not self._writes:
+            return
         sae.save(self.folder.sae)
         write_manifest(self.folder.sae, "sae", self.run.made_from, sae_hash=sae.hash, **facts)
         shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
