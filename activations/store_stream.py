@@ -29,7 +29,8 @@ class _Window(NamedTuple):
     """Rows at neighbouring positions, at each of the hooks.
 
     records: for each hook uint8 [n, row_bytes], in any order.
-    places: for each hook int64 [m], where in its ``records`` each row that counts lies, in the order of the epoch.
+    places: for each hook int64 [m], where in its ``records`` each row that counts lies, in the order of the epoch;
+        means nothing for a row that is not of our part of its batch.
     ends: int64 [m], the position behind each, counted over all epochs.
     """
 
@@ -49,7 +50,7 @@ class StoreStream(Iterator[Tensor]):
 
     Attributes:
         width: size of one activation vector; of all hooks together where there are several.
-        batch_size: activations per batch.
+        batch_size: activations per batch, of all parts together.
         n_batches: batches in all.
         n_tokens: activations in all.
     """
@@ -62,11 +63,15 @@ class StoreStream(Iterator[Tensor]):
         batch_size: int,
         n_batches: int,
         device: torch.device | str = "cpu",
+        part: int = 0,
+        n_parts: int = 1,
     ):
         self.width = sum(reader.source.width for reader in readers)
         self.batch_size, self.n_batches = batch_size, n_batches
         self.n_tokens = n_batches * batch_size
         self._readers, self._kept, self._device = readers, kept, torch.device(device)
+        size = batch_size // n_parts
+        self._part = slice(part * size, (part + 1) * size)  # of a batch
         self._order = readers[0].order
         self._batches_done = 0
         self._position = 0
@@ -82,18 +87,29 @@ class StoreStream(Iterator[Tensor]):
         n_batches: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        part: int = 0,
+        n_parts: int = 1,
     ) -> "StoreStream":
         """Read every row where it lies in the store: for stores that fit into the page cache.
 
         Args:
             also: further hooks of the same store, whose activations stand to the right, in this order.
+            part, n_parts: give the part with this number of every batch, of so many equal ones; only that is read.
 
         Raises:
             InputError: no row counts.
         """
         kept = kept_rows(source, *also)
         readers = [ExactReader(each, seed) for each in (source, *also)]
-        return cls(readers, kept, batch_size=batch_size, n_batches=n_batches, device=device)
+        return cls(
+            readers,
+            kept,
+            batch_size=batch_size,
+            n_batches=n_batches,
+            device=device,
+            part=part,
+            n_parts=n_parts,
+        )
 
     @classmethod
     def external(
@@ -106,13 +122,15 @@ class StoreStream(Iterator[Tensor]):
         n_batches: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        part: int = 0,
+        n_parts: int = 1,
         memory_bytes: int = MEMORY_BYTES,
         progress: Progress = silent,
     ) -> "StoreStream":
         """Write a shuffled copy to ``folder`` first, unless it is there, and read that in long pieces.
 
         Args:
-            also: as for :meth:`exact`, each with the folder of its copy.
+            also: as for :meth:`exact`, each with the folder of its copy. part, n_parts: as there.
             memory_bytes: what shuffling may hold in memory.
 
         Raises:
@@ -124,7 +142,15 @@ class StoreStream(Iterator[Tensor]):
             ShuffledReader.make(each, seed, copy, memory_bytes=memory_bytes, progress=progress)
             for each, copy in copies
         ]
-        return cls(readers, kept, batch_size=batch_size, n_batches=n_batches, device=device)
+        return cls(
+            readers,
+            kept,
+            batch_size=batch_size,
+            n_batches=n_batches,
+            device=device,
+            part=part,
+            n_parts=n_parts,
+        )
 
     def __len__(self) -> int:
         """Number of batches that are left."""
@@ -140,7 +166,7 @@ class StoreStream(Iterator[Tensor]):
         try:
             # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
             with single_threaded():
-                pieces = zip(*self._take(self.batch_size), strict=True)
+                pieces = zip(*self._take(), strict=True)
                 sides = [
                     reader.format.decode(_joined(of_one).to(self._device))
                     for reader, of_one in zip(self._readers, pieces, strict=True)
@@ -192,30 +218,39 @@ class StoreStream(Iterator[Tensor]):
         self._offset = 0
         self._free: list[list[Tensor]] = []
 
-    def _take(self, n: int) -> Iterator[list[Tensor]]:
-        """The next ``n`` rows that count, as bytes at each hook, in pieces."""
+    def _take(self) -> Iterator[list[Tensor]]:
+        """Our part of the next batch of rows that count, as bytes at each hook, in pieces."""
         if self._windows is None:
-            self._windows = _read_ahead(self._readers, self._kept, self._position, self._free)
-        while n > 0:
+            batch = self.batch_size, self._part
+            self._windows = _read_ahead(self._readers, self._kept, self._position, self._free, *batch)
+        taken = 0
+        while taken < self.batch_size:
             if self._window is None or self._offset == len(self._window.ends):
                 if self._window is not None:
                     self._free.append(self._window.records)
                 self._window, self._offset = next(self._windows), 0
                 continue
-            here = slice(self._offset, self._offset + n)
-            places = [of_one[here] for of_one in self._window.places]
-            self._offset += len(places[0])
-            n -= len(places[0])
-            yield [
-                records.index_select(0, rows)
-                for records, rows in zip(self._window.records, places, strict=True)
-            ]
+            n = min(self.batch_size - taken, len(self._window.ends) - self._offset)
+            low, high = max(self._part.start, taken), min(self._part.stop, taken + n)
+            ours = slice(self._offset + low - taken, self._offset + high - taken)
+            self._offset += n
+            taken += n
+            if low < high:
+                yield [
+                    records.index_select(0, of_one[ours])
+                    for records, of_one in zip(self._window.records, self._window.places, strict=True)
+                ]
 
 
 def _read_ahead(
-    readers: Sequence[RowReader], kept: np.ndarray, position: int, free: list[list[Tensor]]
+    readers: Sequence[RowReader],
+    kept: np.ndarray,
+    position: int,
+    free: list[list[Tensor]],
+    batch_size: int,
+    part: slice,
 ) -> Iterator[_Window]:
-    """Windows from ``position`` on, without end. Closing the iterator ends its threads.
+    """Windows from ``position`` on, where a batch begins, without end. Closing the iterator ends its threads.
 
     The caller puts the records that it is done with into ``free``: fresh memory costs more than filling it.
     """
@@ -224,30 +259,42 @@ def _read_ahead(
     row_bytes = sum(reader.format.row_bytes for reader in readers)
     size = min(_WINDOW_BYTES // row_bytes, _WINDOW_POSITIONS)
     size = max(1, size // CHUNK) * CHUNK
+    shared = part != slice(0, batch_size)
 
-    def ranges() -> Iterator[tuple[int, int, int]]:
-        epoch, start = divmod(position, n_rows)
-        while True:
-            while start < n_rows:
-                stop = min(start // size * size + size, n_rows)
-                yield epoch, start, stop
-                start = stop
-            epoch, start = epoch + 1, 0
-
-    def read(part: tuple[int, int, int]) -> _Window:
-        epoch, start, stop = part
+    def counted_in(epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the rows that count: their numbers from ``start`` on, their positions in the first epoch, themselves."""
         positions = order.in_first_epoch(epoch, start, stop)
         rows = order.rows(positions)
         counted = np.flatnonzero(kept[rows >> 3] >> (rows & 7) & 1)
+        return counted, positions[counted], rows[counted]
+
+    def ranges() -> Iterator[tuple[int, int, int, int]]:
+        epoch, start = divmod(position, n_rows)
+        before = 0  # rows that count
+        while True:
+            while start < n_rows:
+                stop = min(start // size * size + size, n_rows)
+                yield epoch, start, stop, before
+                if shared:
+                    before += len(counted_in(epoch, start, stop)[0])
+                start = stop
+            epoch, start = epoch + 1, 0
+
+    def read(window: tuple[int, int, int, int]) -> _Window:
+        epoch, start, stop, before = window
+        counted, positions, rows = counted_in(epoch, start, stop)
         try:
             records = free.pop()
         except IndexError:
             records = [torch.empty(size, reader.format.row_bytes, dtype=torch.uint8) for reader in readers]
-        places = [
-            torch.from_numpy(reader.read(positions[counted], rows[counted], out))
-            for reader, out in zip(readers, records, strict=True)
-        ]
-        return _Window(records, places, epoch * n_rows + start + counted + 1)
+        places = [np.zeros(len(rows), np.int64) for _ in readers]
+        ours: slice | np.ndarray = slice(None)
+        if shared:
+            in_batch = (before + np.arange(len(rows))) % batch_size
+            ours = np.flatnonzero((in_batch >= part.start) & (in_batch < part.stop))
+        for reader, of_one, out in zip(readers, places, records, strict=True):
+            of_one[ours] = reader.read(positions[ours], rows[ours], out)
+        return _Window(records, list(map(torch.from_numpy, places)), epoch * n_rows + start + counted + 1)
 
     return in_order(torch.device("cpu"), read, ranges(), n_workers=_READERS)
 

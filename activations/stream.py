@@ -60,8 +60,21 @@ class _Source(Protocol):
 
 
 class _LiveSource:
-    def __init__(self, model: "LanguageModel", blocks: TokenBlocks, exclusions: Mapping[str, Exclusion]):
-        self.ranges = BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length))
+    def __init__(
+        self,
+        model: "LanguageModel",
+        blocks: TokenBlocks,
+        exclusions: Mapping[str, Exclusion],
+        part: int = 0,
+        n_parts: int = 1,
+    ):
+        ranges = BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length))
+        if len(ranges) < n_parts:
+            raise InputError(
+                f"The text fills {len(ranges)} batches of the model, and each of {n_parts} processes needs one: take"
+                " more tokens, or fewer processes."
+            )
+        self.ranges = ranges if n_parts == 1 else ranges[part::n_parts]
         self.hook_names: Sequence[str] = tuple(exclusions)
         self.width = sum(model.width(hook_name) for hook_name in exclusions)
         self.dtype, self.device = model.dtype, model.device
@@ -191,6 +204,8 @@ class ActivationStream(Iterator[Tensor]):
         n_batches: int,
         seed: int = 0,
         buffer_rows: int | None = None,
+        part: int = 0,
+        n_parts: int = 1,
     ) -> "ActivationStream":
         """Compute activations when they are needed; buffer and batches are on the model's device.
 
@@ -198,11 +213,15 @@ class ActivationStream(Iterator[Tensor]):
             exclusion: which positions count at ``hook_name``.
             also: further hooks, captured in the same pass, whose activations stand to the right of those of
                 ``hook_name`` in this order; and which positions count there.
+            batch_size: activations per batch, of all parts together.
+            part, n_parts: of so many streams, which share the blocks out among each other, this is the one that gives
+                the part of every batch with this number.
 
         Raises:
-            InputError: unknown hook.
+            InputError: unknown hook; fewer batches of blocks than parts.
         """
-        source = _LiveSource(model, blocks, {hook_name: exclusion, **also})
+        source = _LiveSource(model, blocks, {hook_name: exclusion, **also}, part, n_parts)
+        batch_size //= n_parts
         return cls(source, batch_size=batch_size, n_batches=n_batches, seed=seed, buffer_rows=buffer_rows)
 
     def __len__(self) -> int:

@@ -58,9 +58,10 @@ def forecast(pipeline: Pipeline) -> Forecast:
     scaling = Scaling(one, 1.0)
     if config.hook_out is not None:
         scaling = Scaling(one, 1.0, torch.zeros(widths[1], device=model.device), 1.0)
-    trainer = Trainer(config, scaling)
+    trainer = Trainer(config, scaling, pipeline.mesh)
     generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(config.resolved_batch_tokens(), sum(widths), generator=generator).to(model.device)
+    rows = config.resolved_batch_tokens() // pipeline.mesh.n_data
+    batch = torch.randn(rows, sum(widths), generator=generator).to(model.device)
     step_seconds = statistics.median(
         [_seconds_of_step(trainer, batch) for _ in range(_WARM_UP + _TIMED)][_WARM_UP:]
     )
@@ -100,4 +101,4 @@ def _capture_seconds(pipeline: Pipeline) -> float:
     begun = time.perf_counter()
     for _ in capture_blocks(model, blocks, config.hook_names):
         pass
-    return (time.perf_counter() - begun) / max(blocks.n_tokens, 1) * config.tokens_read()
+    return (time.perf_counter() - begun) / max(blocks.n_tokens, 1) * config.tokens_read() / pipeline.mesh.size

@@ -36,6 +36,7 @@ from features.labels import Labels
 from sae.config import TrainConfig
 from sae.controls import REFERENCE_ROWS, reference_activations
 from sae.evaluate import Evaluation, evaluate
+from sae.mesh import ALONE, Mesh
 from sae.model import SparseAutoencoder, check_order
 from sae.run import RunFolder, read_run_config, write_run_config
 from sae.scaling import Scaling
@@ -83,6 +84,7 @@ class Pipeline:
         model: a loaded model to use in the place of ``config.model``; the run remembers its name, and
             :func:`features.run.open_run` takes it again.
         replace_other: train anew in a folder that holds a training with other settings, instead of refusing it.
+        mesh: the processes that train together, each with such a pipeline; process 0 writes, and does all other stages.
 
     Raises:
         InputError: the folder holds something that is no run, or the settings cannot work.
@@ -97,6 +99,7 @@ class Pipeline:
         store_activations: bool = False,
         model: LanguageModel | None = None,
         replace_other: bool = False,
+        mesh: Mesh = ALONE,
         progress: Progress = silent,
     ) -> None:
         self.run = RunFolder(Path(folder))
@@ -119,6 +122,7 @@ class Pipeline:
         self.sizes = sizes or Sizes.for_training(config.resolved_tokens())
         self.store_activations = store_activations
         self.replace_other = replace_other
+        self.mesh = mesh
         self.progress = progress
         self._given_model = model
         if self.run.path.exists() and not self.run.path.is_dir():
@@ -170,6 +174,10 @@ class Pipeline:
         Raises:
             InputError: as for :meth:`check`; a corpus that is empty or has too few documents to measure anything on.
         """
+        if self.mesh.rank > 0:
+            self.mesh.wait()  # until process 0 has written everything
+            self.check()
+            return
         self.check()
         needed: list[tuple[Split, int]] = [("test", self.sizes.test_tokens)]
         if self.store is None:
@@ -195,6 +203,7 @@ class Pipeline:
                 made[split].save(self.run.tokens / split, self._token_inputs(n_tokens))
             else:
                 link_folder(beside.run.tokens / split, self.run.tokens / split)
+        self.mesh.wait()
 
     def share(self, other: "Pipeline") -> None:
         """Take the model and the text from another run on the same ones, so that both are loaded once."""
@@ -279,7 +288,9 @@ class Pipeline:
     def train(self, watch: Watch | None = None) -> SparseAutoencoder:
         """Train the SAE, or load it; ``watch`` hears the lines of ``metrics.jsonl``."""
         if self.is_trained:
-            shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # a kill in the last moment may have left some
+            shutil.rmtree(
+                self.run.checkpoints, ignore_errors=True
+            )  # a kill in the last moment may have left some
             return self.sae()
         source = self.live_source() if self._live else self.stored_source(self.capture())
         run = Run(self.config, self.run.path, self.metadata(source.exclusions), self.training_inputs)
@@ -287,8 +298,9 @@ class Pipeline:
             run,
             source.batches,
             source.scaling,
-            held_out=self.held_out(source),
+            held_out=self.held_out(source) if self.mesh.rank == 0 else None,
             replace_other=self.replace_other,
+            mesh=self.mesh,
             progress=self.progress,
             watch=watch,
         )
@@ -397,6 +409,8 @@ class Pipeline:
             n_batches=config.n_steps(),
             seed=config.order_seed,
             buffer_rows=config.buffer_tokens,
+            part=self.mesh.rank,
+            n_parts=self.mesh.size,
         )
         return self._source(batches, statistics)
 
@@ -410,6 +424,8 @@ class Pipeline:
             "n_batches": config.n_steps(),
             "seed": config.order_seed,
             "device": self.model.device,
+            "part": self.mesh.rank,
+            "n_parts": self.mesh.size,
         }
         if config.order == "exact":
             return self._source(StoreStream.exact(held, also=also, **settings), statistics)
@@ -417,7 +433,11 @@ class Pipeline:
             held.folder / SHUFFLED / f"{hook_name}-{config.order_seed}" for hook_name in statistics
         )
         pairs = list(zip(also, copies, strict=True))
+        if self.mesh.rank > 0:
+            self.mesh.wait()  # until process 0 has made the copies
         batches = StoreStream.external(held, copy, also=pairs, progress=self.progress, **settings)
+        if self.mesh.rank == 0:
+            self.mesh.wait()
         return self._source(batches, statistics)
 
     def _source(

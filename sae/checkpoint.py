@@ -2,8 +2,8 @@
 
 ``checkpoints/<tokens>/`` holds ``state.safetensors`` and a manifest with its hash, written in this order and each
 atomically: a folder without a manifest, or whose state does not have the hash, is none. The two newest are kept, so
-that a crash while one is written leaves another. Where features are sharded (:mod:`sae.mesh`), every shard has a state of
-its own, ``state-1.safetensors`` and so on, in a folder that all processes can reach.
+that a crash while one is written leaves another. Where features are sharded (:mod:`sae.mesh`), every shard has a state
+of its own, ``state-1.safetensors`` and so on, in a folder that all processes can reach.
 """
 
 import hashlib

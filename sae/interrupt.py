@@ -16,8 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruptions:
     """While the context is open, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, both outside ``held``.
 
-    In a thread that is not the main one Python hears no signals, and nothing is changed. Of several processes (``mesh``)
-    all stop after the same step: a signal that any of them heard is raised in all at the end of ``held``.
+    In a thread that is not the main one Python hears no signals, and nothing is changed. Of several processes
+    (``mesh``) all stop after the same step: a signal that any of them heard is raised in all at the end of ``held``.
     """
 
     def __init__(self, mesh: Mesh = ALONE) -> None:

@@ -23,8 +23,8 @@ from sae.differences import refuse_other
 from sae.held_out import held_out_metrics
 from sae.interrupt import Interruptions
 from sae.log import Diverged, MetricsLog
-from sae.mesh import ALONE, Mesh
 from sae.memory import keep_freed_memory
+from sae.mesh import ALONE, Mesh
 from sae.model import SparseAutoencoder
 from sae.run import RunFolder
 from sae.scaling import Scaling
@@ -134,9 +134,9 @@ def train_side_by_side(
     same bits: the stream begins where the run stands that has come least far, and the others join when it reaches
     them. Ctrl-C and SIGTERM save a checkpoint of the current step.
 
-    Several processes train together: each calls this with the same runs and its place in the ``mesh``, and brings batches of
-    its own, all of one size; one below the other, in the order of the ranks, they are the batch of the step. Process 0
-    writes, and hears ``progress`` and ``watch``; the others wait for it, and a folder must be the same one for all.
+    Several processes train together: each calls this with the same runs and its place in the ``mesh``, and brings
+    batches of its own, all of one size; one below the other, in the order of the ranks, they are the batch of the step.
+    Process 0 writes, and shows ``progress`` and ``watch``; a run folder must be the same folder for all.
 
     Args:
         runs: they must have the same hooks, batch size, number of steps and order of activations.

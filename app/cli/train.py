@@ -12,13 +12,15 @@ from sae.config import TrainConfig
 
 if TYPE_CHECKING:
     from features.pipeline import Pipeline
+    from sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Train a sparse autoencoder on the activations of a model, and measure it on held-out text.
 
-    Run again to continue. Ctrl-C and SIGTERM save a checkpoint first.
+    Run again to continue. Ctrl-C and SIGTERM save a checkpoint first. Under torchrun the processes share every batch:
+    torchrun --no-python --nproc-per-node 2 sae train --out RUN ...
     """
 
     out: Path
@@ -33,17 +35,33 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "train", arguments)
+    from activations.loading import resolve_device
+    from activations.progress import silent
     from app.cli.live import TrainingView
-    from app.cli.report import print_evaluation
-    from app.cli.terminal import console, stage
     from features.pipeline import Pipeline
+    from sae.mesh import Mesh
 
+    given.train.check()
+    mesh = Mesh.started(given.train.shards, resolve_device(given.train.device))
     view = TrainingView()
-    pipeline = Pipeline(given.out, given.train, progress=view.progress)
+    shown = view.progress if mesh.rank == 0 else silent
+    pipeline = Pipeline(given.out, given.train, mesh=mesh, progress=shown)
     if given.dry_run:
         _print_forecast(pipeline)
         return
     pipeline.start()
+    if mesh.rank > 0:
+        pipeline.train()
+        return
+    _announce(pipeline)
+    sae = pipeline.train(view.watch)
+    _report(pipeline, sae)
+
+
+def _announce(pipeline: "Pipeline") -> None:
+    """What is trained, and what is to be said about the text."""
+    from app.cli.terminal import console, stage
+
     config = pipeline.config
     stage(f"Training on {config.tokens_read():,} tokens at {' → '.join(config.hook_names)} of {config.model}")
     store = pipeline.store
@@ -64,10 +82,15 @@ def main(arguments: Sequence[str]) -> None:
             f"  {'The corpus' if store is None else 'The store'} holds {available:,} training tokens: it is read"
             f" {config.tokens_read() / available:.1f} times over."
         )
-    sae = pipeline.train(view.watch)
+
+
+def _report(pipeline: "Pipeline", sae: "SparseAutoencoder") -> None:
+    from app.cli.report import print_evaluation
+    from app.cli.terminal import console, stage
+
     stage("Evaluating on the test split")
     print_evaluation(pipeline.evaluate(sae))
-    console.print(f"\nThe SAE is in {pipeline.run.sae}. Next: sae index {given.out}", soft_wrap=True)
+    console.print(f"\nThe SAE is in {pipeline.run.sae}. Next: sae index {pipeline.run.path}", soft_wrap=True)
 
 
 def _print_forecast(pipeline: "Pipeline") -> None:
@@ -75,6 +98,8 @@ def _print_forecast(pipeline: "Pipeline") -> None:
     from features.forecast import forecast
 
     found = forecast(pipeline)
+    if pipeline.mesh.rank > 0:
+        return
     stage("Nothing is written. The training would take about")
     minutes = found.seconds / 60
     rows = [
