@@ -6,13 +6,14 @@ says what happens at one entry (n, i): a :class:`Rule`. Here the rule is carried
 * **dense**, row tile by row tile, while many features fire: early in training half of all pre-activations are positive,
   and sparse codes would be larger than the dense tensor. The loss of a row depends on no other row, so each tile's
   gradients are taken right after its forward pass and accumulated: memory is that of one tile.
-* **sparse**, only the entries that matter, once they are few: one dense product remains.
+* **sparse**, only the entries that fire, once they are few: one dense product remains, or two where silent entries
+  count too (jumprelu's window): for those, only sums over rows are formed.
 
 Whatever depends linearly on *all* pre-activations needs neither: it is worked out from the sum of the inputs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,24 +32,19 @@ _SAMPLE = 64  # rows that the choice of the layout is made from
 
 
 class Entries(ABC):
-    """Some entries of the pre-activations ``[n, d_sae]``, and sums over them.
+    """Those entries of the pre-activations ``[n, d_sae]`` that fire, or all of some rows, and sums over them.
 
     Attributes:
         pre: their values; ``[n, d_sae]`` (dense) or ``[nnz]`` (sparse). Every per-entry tensor has this shape.
+        silent: what :meth:`Rule.silent` says of all entries of these rows (sparse: 8 of them to a byte).
     """
 
     pre: Tensor
+    silent: Tensor | None
 
     @abstractmethod
     def spread(self, per_feature: Tensor) -> Tensor:
         """A tensor ``[d_sae]`` in a shape that combines with per-entry tensors."""
-
-    @abstractmethod
-    def where(self, mask: Tensor) -> "tuple[Entries, Callable[[Tensor], Tensor]]":
-        """The entries at which a per-entry mask is true, and what brings per-entry tensors to their shape.
-
-        Entries of a dense tile stay where they are: the caller masks what is 0 elsewhere.
-        """
 
     @abstractmethod
     def sums(self, values: Tensor) -> Tensor:
@@ -59,8 +55,8 @@ class Entries(ABC):
         """``Σ_i v_ni W_dec,i``: ``[n, d_out]``."""
 
     @abstractmethod
-    def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
-        """``rows_n · W_dec,i`` at every entry, of ``rows [n, d_out]``."""
+    def dots(self, rows: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``rows_n · W_dec,i`` per entry, of ``rows [n, d_out]``, and :func:`_sums_where` of what is ``silent``."""
 
     @abstractmethod
     def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
@@ -70,15 +66,12 @@ class Entries(ABC):
 class DenseTile(Entries):
     """All entries of some rows."""
 
-    def __init__(self, pre: Tensor) -> None:
-        self.pre = pre
+    def __init__(self, pre: Tensor, silent: Tensor | None = None) -> None:
+        self.pre, self.silent = pre, silent
 
     def spread(self, per_feature: Tensor) -> Tensor:
         """See :class:`Entries`, as all methods."""
         return per_feature
-
-    def where(self, mask: Tensor) -> tuple[Entries, Callable[[Tensor], Tensor]]:
-        return self, lambda values: values
 
     def sums(self, values: Tensor) -> Tensor:
         return values.sum(0)
@@ -86,29 +79,23 @@ class DenseTile(Entries):
     def decoded(self, values: Tensor, decoder: Tensor) -> Tensor:
         return values @ decoder
 
-    def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
-        return rows @ decoder.t()
+    def dots(self, rows: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor | None]:
+        dots = rows @ decoder.t()
+        return dots, None if self.silent is None else _sums_where(self.silent, dots)
 
     def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
         return values.t() @ rows if total is None else total.addmm_(values.t(), rows)
 
 
 class SparseEntries(Entries):
-    """The entries of a ragged pattern."""
+    """The entries of a ragged pattern: those that fire."""
 
-    def __init__(self, pre: Tensor, pattern: Pattern) -> None:
-        self.pre, self.pattern = pre, pattern
+    def __init__(self, pre: Tensor, pattern: Pattern, silent: Tensor | None) -> None:
+        self.pre, self.pattern, self.silent = pre, pattern, silent
 
     def spread(self, per_feature: Tensor) -> Tensor:
         """See :class:`Entries`, as all methods."""
         return per_feature.index_select(0, self.pattern.indices)
-
-    def where(self, mask: Tensor) -> tuple[Entries, Callable[[Tensor], Tensor]]:
-        places = mask.nonzero().flatten()
-        return (
-            SparseEntries(self.pre.index_select(0, places), _restricted(self.pattern, mask)),
-            lambda values: values.index_select(0, places),
-        )
 
     def sums(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.pattern.d_sae).index_add_(0, self.pattern.indices, values)
@@ -118,11 +105,12 @@ class SparseEntries(Entries):
         starts = self.pattern.row_offsets[:-1].to(self.pattern.indices.dtype)
         return embedding_bag(self.pattern.indices, decoder, starts, mode="sum", per_sample_weights=values)
 
-    def dots(self, rows: Tensor, decoder: Tensor) -> Tensor:
+    def dots(self, rows: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor | None]:
         n, d_sae = len(rows), self.pattern.d_sae
-        if len(self.pre) < _GATHER_BELOW * n * d_sae:
-            return gathered_dots(rows, decoder, self.pattern)
+        if self.silent is None and len(self.pre) < _GATHER_BELOW * n * d_sae:
+            return gathered_dots(rows, decoder, self.pattern), None
         found = torch.empty_like(self.pre)
+        sums = self.pre.new_zeros(2, d_sae)
         step = tile_rows(d_sae, rows.element_size())
         for start in range(0, n, step):
             tile = rows[start : start + step]
@@ -131,11 +119,22 @@ class SparseEntries(Entries):
             dots = torch.mm(tile, decoder.t(), out=_buffer("tile", shape, rows.dtype, rows.device))
             places = pattern.rows().mul_(d_sae).add_(pattern.indices)
             torch.index_select(dots.view(-1), 0, places, out=found[span])
-        return found
+            if self.silent is not None:
+                bits = np.unpackbits(self.silent[start : start + step].numpy(), axis=1, count=d_sae)
+                sums += _sums_where(torch.from_numpy(bits), dots)
+        return found, None if self.silent is None else sums
 
     def outer(self, values: Tensor, rows: Tensor, total: Tensor | None) -> Tensor:
         sums = self.pattern.transposed.weighted_sums(rows, values)
         return sums if total is None else total.add_(sums)
+
+
+def _sums_where(mask: Tensor, dots: Tensor) -> Tensor:
+    """``[2, d_sae]``: of the entries ``[n, d_sae]`` where a mask is true, each feature's number and sum of dots."""
+    chosen = mask.to(dots.dtype)
+    ones = dots.new_ones(len(dots))
+    number = ones @ chosen
+    return torch.stack([number, ones @ chosen.mul_(dots)])
 
 
 class Rule(ABC):
@@ -146,15 +145,19 @@ class Rule(ABC):
     """
 
     @abstractmethod
-    def matters(self, pre: Tensor) -> Tensor:
-        """Bool ``[n, d_sae]``: where an activation or a slope is not 0."""
+    def fires(self, pre: Tensor) -> Tensor:
+        """Bool ``[n, d_sae]``: where an activation, or a pre-activation's slope, is not 0."""
 
-    def firing(self, entries: Entries) -> tuple[Entries, Callable[[Tensor], Tensor]]:
-        """Those entries that fire, as :meth:`Entries.where` gives them, if others matter too; otherwise all."""
-        return entries, lambda values: values
+    def silent(self, pre: Tensor) -> Tensor | None:
+        """Bool ``[n, d_sae]``: which other entries give a parameter ``[d_sae]`` a slope; None if none ever does."""
+        return None
 
-    def at_threshold(self, entries: Entries, from_error: Tensor) -> None:
-        """Take down what entries contribute that do not fire; ``from_error``: see :meth:`slopes`."""
+    def at_silent(self, numbers: Tensor, from_error: Tensor) -> None:
+        """Take down what those entries contribute.
+
+        Args:
+            numbers: how many a feature has, ``[d_sae]``. from_error: sums over them, ``[d_sae]``; see :meth:`slopes`.
+        """
         return
 
     @abstractmethod
@@ -240,28 +243,28 @@ def _evaluated(
     mse = auxiliary = goal.new_zeros(())
     firings = product = torch.zeros_like(w.b_enc)
     for rows, entries in _parts(rule, centred, w):
-        firing, taken = rule.firing(entries)
-        codes = rule.codes(firing)
+        codes = rule.codes(entries)
         from_error = []
         for place, code in enumerate(codes):
-            error = mesh.sum_over_features(firing.decoded(code, w.W_dec)).add_(w.b_dec).sub_(goal[rows])
+            error = mesh.sum_over_features(entries.decoded(code, w.W_dec)).add_(w.b_dec).sub_(goal[rows])
             square = torch.linalg.vector_norm(error).square() / n
             error.mul_(2 / n)
-            dots = entries.dots(error, w.W_dec)
-            rule.at_threshold(entries, dots)
-            from_error.append(taken(dots))
+            dots, at_silent = entries.dots(error, w.W_dec)
+            from_error.append(dots)
+            if at_silent is not None:
+                rule.at_silent(*at_silent)
             if place > 0:
                 auxiliary = auxiliary + square
                 continue
             mse = mse + square
-            gradients["W_dec"] = firing.outer(code, error, gradients.get("W_dec"))
+            gradients["W_dec"] = entries.outer(code, error, gradients.get("W_dec"))
             gradients["b_dec"] += error.sum(0)
             if "goal" in gradients:
                 torch.neg(error, out=gradients["goal"][rows])
-        firings = firings + firing.sums((codes[0] != 0).to(centred.dtype))
-        slopes = rule.slopes(firing, codes, from_error)
-        gradients["encoder_rows"] = firing.outer(slopes, centred[rows], gradients.get("encoder_rows"))
-        product = product + firing.sums(slopes)
+        firings = firings + entries.sums((codes[0] != 0).to(centred.dtype))
+        slopes = rule.slopes(entries, codes, from_error)
+        gradients["encoder_rows"] = entries.outer(slopes, centred[rows], gradients.get("encoder_rows"))
+        product = product + entries.sums(slopes)
     inputs = centred.sum(0)
     everywhere = rule.everywhere(w.encoder_rows @ inputs + w.b_enc * n)
     if everywhere is not None:
@@ -278,45 +281,42 @@ def _evaluated(
 
 
 def _parts(rule: Rule, centred: Tensor, weights: Weights) -> Iterator[tuple[slice, Entries]]:
-    """All entries that matter, with the rows they belong to."""
+    """All entries that fire, or simply all, with the rows they belong to."""
     rows, bias, n = weights.encoder_rows, weights.b_enc, len(centred)
-    if _few_matter(rule, centred, weights):
+    if _few_fire(rule, centred, weights):
         yield slice(0, n), _sparse_entries(rule, centred, rows, bias)
         return
     step = tile_rows(len(bias), centred.element_size())
     for start in range(0, n, step):
         part = slice(start, start + step)
-        yield part, DenseTile(torch.addmm(bias, centred[part], rows.t()))
+        pre = torch.addmm(bias, centred[part], rows.t())
+        yield part, DenseTile(pre, rule.silent(pre))
 
 
-def _few_matter(rule: Rule, centred: Tensor, weights: Weights) -> bool:
+def _few_fire(rule: Rule, centred: Tensor, weights: Weights) -> bool:
     """Judged by the first rows, alike by all shards. Elsewhere than on a CPU false: asking would make it wait."""
     if centred.device.type != "cpu":
         return False
     sample = torch.addmm(weights.b_enc, centred[:_SAMPLE], weights.encoder_rows.t())
-    share = mesh_in_force().sum_over_features(rule.matters(sample).float().mean())
+    share = mesh_in_force().sum_over_features(rule.fires(sample).float().mean())
     return float(share) < SPARSE_BELOW * mesh_in_force().n_shards
 
 
 def _sparse_entries(rule: Rule, centred: Tensor, encoder_rows: Tensor, b_enc: Tensor) -> SparseEntries:
     d_sae = len(b_enc)
 
-    def select(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        places = torch.from_numpy(np.flatnonzero(rule.matters(tile).numpy()))
+    def select(tile: Tensor) -> tuple[Tensor, ...]:
+        places = torch.from_numpy(np.flatnonzero(rule.fires(tile).numpy()))
         counts = torch.bincount(places // d_sae, minlength=len(tile))
-        return counts, (places % d_sae).int(), tile.view(-1)[places]
+        found = counts, (places % d_sae).int(), tile.view(-1)[places]
+        silent = rule.silent(tile)
+        return found if silent is None else (*found, torch.from_numpy(np.packbits(silent.numpy(), axis=1)))
 
-    counts, indices, values = map(
+    counts, indices, values, *silent = map(
         torch.cat, zip(*map_tiles(select, centred, encoder_rows, b_enc), strict=True)
     )
-    return SparseEntries(values, Pattern(d_sae, indices, _starting_at_0(counts.cumsum(0))))
-
-
-def _restricted(pattern: Pattern, mask: Tensor) -> Pattern:
-    """The entries of a ragged pattern where ``mask [nnz]`` is true."""
-    assert pattern.row_offsets is not None
-    kept_before = _starting_at_0(mask.cumsum(0))
-    return Pattern(pattern.d_sae, pattern.indices[mask], kept_before[pattern.row_offsets])
+    pattern = Pattern(d_sae, indices, _starting_at_0(counts.cumsum(0)))
+    return SparseEntries(values, pattern, silent[0] if silent else None)
 
 
 def _starting_at_0(sums: Tensor) -> Tensor:

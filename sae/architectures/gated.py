@@ -35,7 +35,7 @@ class _GatedRule(Rule):
         self.gate_sums = self.gate_slopes = torch.zeros_like(self.norms)
         self.magnitude_slopes = self.gain_slopes = torch.zeros_like(self.norms)
 
-    def matters(self, pre: Tensor) -> Tensor:
+    def fires(self, pre: Tensor) -> Tensor:
         """Where the gate is open."""
         return pre > 0
 

@@ -22,7 +22,6 @@ Llamascopium advises the same (2509.17196).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import ClassVar
@@ -60,20 +59,18 @@ class _JumpReLURule(Rule):
         zeros = torch.zeros_like(self.norms)
         self.tanh = self.tanh_slopes = self.window_slopes = self.firings = self.excess = zeros
 
-    def matters(self, pre: Tensor) -> Tensor:
-        """From the lower end of the window on."""
-        return pre > self.threshold - self.bandwidth / 2
+    def fires(self, pre: Tensor) -> Tensor:
+        """Above the threshold."""
+        return pre > self.threshold
 
-    def firing(self, entries: Entries) -> tuple[Entries, Callable[[Tensor], Tensor]]:
-        """Those above their thresholds; the others are in the window."""
-        return entries.where(entries.pre > entries.spread(self.threshold))
+    def silent(self, pre: Tensor) -> Tensor:
+        """The window's lower half."""
+        return (pre > self.threshold - self.bandwidth / 2) & (pre <= self.threshold)
 
-    def at_threshold(self, entries: Entries, from_error: Tensor) -> None:
-        """In the window's lower half tanh has slope 1; the upper half is seen to in :meth:`slopes`."""
-        under = entries.spread(self.threshold) - entries.pre
-        silent = ((under >= 0) & (under < self.bandwidth / 2)).to(under.dtype)
-        by_tanh = entries.sums(silent) * self.norms * (self.weight * (TANH_SCALE / self.n))
-        self.window_slopes = self.window_slopes + entries.sums(silent.mul_(from_error)) + by_tanh
+    def at_silent(self, numbers: Tensor, from_error: Tensor) -> None:
+        """Of the threshold; tanh has slope 1 there."""
+        by_tanh = numbers * self.norms * (self.weight * (TANH_SCALE / self.n))
+        self.window_slopes = self.window_slopes + from_error + by_tanh
 
     def codes(self, entries: Entries) -> tuple[Tensor, ...]:
         """The pre-activations above their thresholds."""

@@ -39,7 +39,7 @@ class _ReLURule(Rule):
         self.weight, self.n, self.p, self.p_before = weight, n, p, p_before
         self.powers = self.powers_before = torch.zeros_like(self.norms)
 
-    def matters(self, pre: Tensor) -> Tensor:
+    def fires(self, pre: Tensor) -> Tensor:
         """Where pre-activations are positive."""
         return pre > 0
 
