@@ -66,6 +66,7 @@ def silence(trainer: Trainer, batch: Tensor) -> None:
     """Lower all encoder biases by one number, so that d_sae/64 features per token fire on ``batch``."""
     weights = trainer.weights
     sample = batch[:256] @ weights.encoder_rows.t()
-    threshold = 0.0 if weights.log_threshold is None else weights.log_threshold.exp()
+    _, finished = trainer.architecture.finished(weights, trainer.architecture_state)
+    threshold = 0.0 if finished.threshold is None else finished.threshold
     margin = (sample - threshold).flatten()
     weights.b_enc.sub_(margin.kthvalue(margin.numel() - margin.numel() // 64).values)
