@@ -65,7 +65,7 @@ def make_trainer(
 def silence(trainer: Trainer, batch: Tensor) -> None:
     """Lower all encoder biases by one number, so that d_sae/64 features per token fire on ``batch``."""
     weights = trainer.weights
-    sample = batch[:256] @ weights.encoder_rows.t()
+    sample = torch.addmm(weights.b_enc, batch[:256], weights.encoder_rows.t())
     _, finished = trainer.architecture.finished(weights, trainer.architecture_state)
     threshold = 0.0 if finished.threshold is None else finished.threshold
     margin = (sample - threshold).flatten()
