@@ -166,7 +166,7 @@ class StoreStream(Iterator[Tensor]):
         try:
             # Copying rows gains nothing from several threads, and waits for all of them on a busy machine.
             with single_threaded():
-                pieces = zip(*self._take(), strict=True)
+                pieces = zip(*self._take(self.batch_size), strict=True)
                 sides = [
                     reader.format.decode(_joined(of_one).to(self._device))
                     for reader, of_one in zip(self._readers, pieces, strict=True)
@@ -218,23 +218,24 @@ class StoreStream(Iterator[Tensor]):
         self._offset = 0
         self._free: list[list[Tensor]] = []
 
-    def _take(self) -> Iterator[list[Tensor]]:
-        """Our part of the next batch of rows that count, as bytes at each hook, in pieces."""
+    def _take(self, n: int) -> Iterator[list[Tensor]]:
+        """Our part of the next ``n`` rows that count, a batch, as bytes at each hook, in pieces."""
         if self._windows is None:
-            batch = self.batch_size, self._part
-            self._windows = _read_ahead(self._readers, self._kept, self._position, self._free, *batch)
+            self._windows = _read_ahead(
+                self._readers, self._kept, self._position, self._free, self.batch_size, self._part
+            )
         taken = 0
-        while taken < self.batch_size:
+        while taken < n:
             if self._window is None or self._offset == len(self._window.ends):
                 if self._window is not None:
                     self._free.append(self._window.records)
                 self._window, self._offset = next(self._windows), 0
                 continue
-            n = min(self.batch_size - taken, len(self._window.ends) - self._offset)
-            low, high = max(self._part.start, taken), min(self._part.stop, taken + n)
+            here = min(n - taken, len(self._window.ends) - self._offset)
+            low, high = max(self._part.start, taken), min(self._part.stop, taken + here)
             ours = slice(self._offset + low - taken, self._offset + high - taken)
-            self._offset += n
-            taken += n
+            self._offset += here
+            taken += here
             if low < high:
                 yield [
                     records.index_select(0, of_one[ours])
