@@ -23,6 +23,11 @@ SELECTING = (
     "batch_topk",
     "matryoshka",
 )  # these keep a number of features, k; the others pay for firing
+THRESHOLDED = (
+    "batch_topk",
+    "matryoshka",
+)  # a threshold that follows the weights takes the place of k at the end
+LONGEST_ANNEAL = 0.8  # of a run: the threshold has a memory, and must not still hold an earlier k
 SPARSITY_WEIGHTS = {"relu": 5.0, "gated": 1.0, "jumprelu": 0.1}
 
 
@@ -95,6 +100,11 @@ class SAEConfig:
             )
         if not 0 < self.k_anneal <= 1:
             raise InputError(f"k_anneal is {self.k_anneal}, and must be a fraction of the run.")
+        if self.architecture in THRESHOLDED and self.k_start is not None and self.k_anneal > LONGEST_ANNEAL:
+            raise InputError(
+                f"k_anneal is {self.k_anneal}, and {self.architecture} needs its last fifth at the final k, to learn"
+                f" the threshold that goes with it: give at most {LONGEST_ANNEAL}."
+            )
         if self.k_start is None and self.k_anneal != SAEConfig().k_anneal:
             raise InputError(
                 "k_anneal says how long k falls from k_start: give k_start, or leave k_anneal out."
@@ -221,9 +231,10 @@ class TrainConfig:
     resample_every: int | None = None
     """Tokens between two resamplings of dead features (Bricken et al. 2023); by default they are not resampled."""
     kernels: Literal["torch", "triton"] = "torch"
-    """triton: our kernels (CUDA only, not timed yet) for Adam and the sparse part of topk, batch_topk, matryoshka."""
+    """triton: our kernels (CUDA only, not timed yet) for the sparse part of topk, batch_topk and matryoshka, and for
+    Adam in float32 without clipping or alignment."""
     product: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the encoder product, and with triton of gathered rows (relu, gated, jumprelu: once few fire)."""
+    """topk, batch_topk, matryoshka: format of the encoder product, with triton of gathered rows too."""
     shards: int = 1
     """Under torchrun: deal the features out to so many processes, for an SAE larger than one device."""
     checkpoint_every: int | None = None
@@ -301,6 +312,17 @@ class TrainConfig:
             raise InputError(f"clip_norm is {self.clip_norm}, and must not be negative.")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}, and must be at least 0 and below 1.")
+        held = self.sae.architecture == "jumprelu" and self.sae.target_l0 is not None
+        if self.ema and (held or self.sae.architecture in THRESHOLDED):
+            raise InputError(
+                f"ema averages weights, and the threshold of {self.sae.architecture}{' with target_l0' if held else ''}"
+                " is that of the last ones: leave ema out."
+            )
+        if self.product != "float32" and self.sae.architecture not in SELECTING:
+            raise InputError(
+                f"product is {self.product}, which is for {', '.join(SELECTING)}, and the architecture is"
+                f" {self.sae.architecture}: leave it out."
+            )
 
     def resolved(self) -> "TrainConfig":
         """The same training with everything worked out that was left open, and without what does not change the SAE."""

@@ -451,6 +451,22 @@ def test_presets_choose_what_is_left_open_and_nothing_else() -> None:
         ({"sae": SAEConfig(k=4096)}, "k is 4096, and must be at least 1 and less than the number of features"),
         ({"sae": SAEConfig(skip=True)}, "skip is for a transcoder: give hook_out, or leave it out."),
         ({"sae": SAEConfig(k_anneal=0.5)}, "k_anneal says how long k falls from k_start"),
+        (
+            {"sae": SAEConfig(architecture="batch_topk", k_start=64, k_anneal=0.9)},
+            "k_anneal is 0.9, and batch_topk needs its last fifth at the final k",
+        ),
+        (
+            {"sae": SAEConfig(architecture="batch_topk"), "ema": 0.99},
+            "ema averages weights, and the threshold of batch_topk is that of the last ones",
+        ),
+        (
+            {"sae": SAEConfig(architecture="jumprelu", target_l0=32.0), "ema": 0.99},
+            "ema averages weights, and the threshold of jumprelu with target_l0 is that of the last ones",
+        ),
+        (
+            {"sae": SAEConfig(architecture="relu"), "product": "bfloat16"},
+            "product is bfloat16, which is for topk, batch_topk, matryoshka, and the architecture is relu",
+        ),
         ({"hook_out": "blocks.3.hook_mlp_out", "sae": SAEConfig(aligned=True)}, "aligned is for sparse autoencoders"),
         ({"store": "x", "buffer_tokens": 5}, "buffer_tokens is for activations computed as training goes"),
         ({"order": "external"}, "order 'external' is for a store of activations"),
