@@ -394,20 +394,6 @@ def encode_relu(centred: Tensor, encoder_rows: Tensor, encoder_bias: Tensor) -> 
     return SparseCodes.concatenate(parts)
 
 
-def relu_codes(
-    x: Tensor, input_bias: Tensor | None, encoder_rows: Tensor, encoder_bias: Tensor
-) -> SparseCodes:
-    """ReLU encoder with gradients, ragged codes; worth it once few features fire (see :mod:`sae.dense_tiles`).
-
-    Args:
-        x: ``[n, d_in]`` (receives no gradient); the rest as in :func:`topk_codes`.
-    """
-    with torch.no_grad():
-        centred = x if input_bias is None else x - input_bias
-        codes = encode_relu(centred, encoder_rows, encoder_bias)
-    return differentiable(codes, centred, input_bias, encoder_rows, encoder_bias)
-
-
 def decode(codes: SparseCodes, decoder: Tensor, b_dec: Tensor) -> Tensor:
     """``Σ_i f_i · W_dec[i] + b_dec``, differentiable in the values, the decoder and b_dec.
 

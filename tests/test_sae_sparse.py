@@ -261,13 +261,6 @@ def test_relu_loss_equals_the_dense_formula(
     assert torch.equal(loss.fired, (f > 0).any(0))
 
 
-def test_relu_codes_equal_the_dense_formula(case: Problem, small_tiles: None) -> None:
-    w = case.weights
-    codes = sparse.relu_codes(case.x, w.b_dec, w.encoder_rows, w.b_enc)
-    close(codes.to_dense().detach(), case.pre.detach().relu())
-    close(sparse.decode(codes, w.W_dec, w.b_dec), case.pre.relu() @ w.W_dec + w.b_dec)
-
-
 # ---- the parts
 
 
