@@ -199,7 +199,8 @@ class Trainer:
         if self.mean is not None and self.steps_done:
             weights = self.mean.mean(self.steps_done)
             self.constraints.enforce(weights)
-        config, weights = self.architecture.finished(weights, self.architecture_state)
+        with spread_over(self.mesh):
+            config, weights = self.architecture.finished(weights, self.architecture_state)
         if self.mesh.n_shards == 1:
             return SparseAutoencoder(config, self.scaling.folded(weights), metadata)
         whole = {

@@ -7,9 +7,14 @@ Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse auto
 x̂' has the decoder, b_dec and any skip connection held fixed: it tells the gate what a feature is good for, which
 1[π > 0] cannot. ‖W_dec,i‖ = 1 in the paper; the factor keeps a free decoder from escaping the penalty. b_gate is
 ``Weights.b_enc``; λ rises linearly from 0 over the first 5% of the run.
+
+With ``target_l0``, a controller (:mod:`sae.l0_control`) sets λ and shifts b_gate, which starts where few features
+fire; exp(r_mag) then starts where their magnitudes add up to what those of relu(π) do, as the auxiliary term needs it.
 """
 
+import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import ClassVar
 
 import torch
@@ -17,7 +22,8 @@ from torch import Tensor
 
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
-from sae.l0_control import WeightControl
+from sae.config import SAEConfig
+from sae.l0_control import BiasControl
 from sae.paying import DenseTile, Entries, Rule, paid_loss
 from sae.sparse import map_tiles
 
@@ -79,22 +85,29 @@ class Gated(Architecture):
     paper_unit_decoder: ClassVar[bool] = True
 
     def initial_weights(self, d_in: int, d_out: int, generator: torch.Generator) -> Weights:
-        """As in the base class, with the magnitude equal to the gate's pre-activation."""
-        weights = super().initial_weights(d_in, d_out, generator)
-        return replace(weights, r_mag=torch.zeros(self.config.d_sae), b_mag=torch.zeros(self.config.d_sae))
+        """As in the base class, with the magnitude equal to the gate's pre-activation, or as the module's text says."""
+        weights, quantile = super().initial_weights(d_in, d_out, generator), self.control.first_quantile()
+        zeros = torch.zeros(self.config.d_sae)
+        if quantile is None:
+            return replace(weights, r_mag=zeros, b_mag=zeros.clone())
+        return replace(weights, b_enc=zeros - quantile, r_mag=zeros + _log_gain(quantile), b_mag=zeros)
+
+    @property
+    def control(self) -> BiasControl:
+        """Of λ and the gates' biases."""
+        return BiasControl(self.config)
 
     def initial_state(self) -> dict[str, Tensor]:
         """What the controller of L0 carries, if there is a target."""
-        return WeightControl(self.config).initial_state()
+        return self.control.initial_state()
 
     def loss(self, weights: Weights, x: Tensor, y: Tensor, moment: Moment) -> Loss:
         """See the module's equation. ``moment.dead`` is not used."""
-        control = WeightControl(self.config)
-        rule = _GatedRule(weights, control.sparsity_weight(moment), len(x))
+        weights = self.control.shifted(weights, moment.state)
+        rule = _GatedRule(weights, self.control.sparsity_weight(moment), len(x))
         total, terms, firings = paid_loss(self, rule, weights, x, y)
-        entries = firings.sum()
-        state = control.next_state(moment, entries / len(x))
-        return Loss(total, terms, entries, firings > 0, state)
+        state = self.control.next_state(moment, len(x), firings, rule.gate_sums)
+        return Loss(total, terms, firings.sum(), firings > 0, state)
 
     def encode(self, weights: Weights, x: Tensor) -> SparseCodes:
         """Positive magnitudes behind open gates."""
@@ -107,3 +120,14 @@ class Gated(Architecture):
                 weights.b_enc,
             )
         )
+
+    def finished(self, weights: Weights, state: dict[str, Tensor]) -> tuple[SAEConfig, Weights]:
+        """With the controller's shift in the gates' biases."""
+        return super().finished(self.control.shifted(weights, state), state)
+
+
+def _log_gain(quantile: float) -> float:
+    """``log(E[(z − q) z] / E[z²])`` over the standard normal z that exceed q; by parts, E[(z − q)⁺ z] is P(z > q)."""
+    normal = NormalDist()
+    firing = 1 - normal.cdf(quantile)
+    return math.log(firing / (firing + quantile * normal.pdf(quantile)))

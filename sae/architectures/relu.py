@@ -10,9 +10,12 @@ With p-annealing (Karvonen et al. 2024, 2408.00113) f_i becomes ``(f_i + δ)^p �
 bounds the slope at 0, where the paper's f^p is infinitely steep. λ is multiplied, as in the paper, by whatever
 keeps the penalty's size when p changes: here, from each batch to the next, by the ratio of the two penalties (p
 before, p now) on the batch.
+
+With ``target_l0``, a controller (:mod:`sae.l0_control`) sets λ and shifts the biases. Encoder and decoder rows then
+start with norm 1 in the place of 0.1, and biases where few enough features fire for that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
-from sae.l0_control import WeightControl
+from sae.config import SAEConfig
+from sae.l0_control import BiasControl
 from sae.mesh import mesh_in_force
 from sae.paying import Entries, Rule, paid_loss
 from sae.sparse import encode_relu
@@ -37,7 +41,7 @@ class _ReLURule(Rule):
     ) -> None:
         self.norms = weights.W_dec.detach().norm(dim=1)
         self.weight, self.n, self.p, self.p_before = weight, n, p, p_before
-        self.powers = self.powers_before = torch.zeros_like(self.norms)
+        self.powers = self.powers_before = self.sums = torch.zeros_like(self.norms)
 
     def fires(self, pre: Tensor) -> Tensor:
         """Where pre-activations are positive."""
@@ -51,7 +55,9 @@ class _ReLURule(Rule):
         """Of error and penalty, where a feature fires."""
         f, slope = codes[0], from_error[0]
         penalty = entries.spread(self.norms * (self.weight / self.n))
-        self.powers = self.powers + entries.sums(_power(f, self.p))
+        sums = entries.sums(f)
+        self.sums = self.sums + sums
+        self.powers = self.powers + (sums if self.p == 1 else entries.sums(_power(f, self.p)))
         if self.p != 1:
             penalty = penalty * self.p * (f + OFFSET).pow_(self.p - 1)
         if self.p_before is not None:
@@ -75,8 +81,8 @@ class _ReLURule(Rule):
 
 
 def _power(f: Tensor, p: float | Tensor) -> Tensor:
-    """``(f + δ)^p − δ^p``; f itself for p = 1."""
-    return f if isinstance(p, float) and p == 1 else (f + OFFSET) ** p - OFFSET**p
+    """``(f + δ)^p − δ^p``."""
+    return (f + OFFSET) ** p - OFFSET**p
 
 
 @dataclass(frozen=True)
@@ -87,28 +93,48 @@ class ReLU(Architecture):
     paper_unit_decoder: ClassVar[bool] = False
     initial_decoder_norm: ClassVar[float] = 0.1
 
+    def initial_weights(self, d_in: int, d_out: int, generator: torch.Generator) -> Weights:
+        """As in the base class, or as the module's text says where there is a target."""
+        weights, quantile = super().initial_weights(d_in, d_out, generator), self.control.first_quantile()
+        if quantile is None:
+            return weights
+        return replace(
+            weights,
+            encoder_rows=weights.encoder_rows / self.initial_decoder_norm,
+            W_dec=weights.W_dec / self.initial_decoder_norm,
+            b_enc=torch.full((self.config.d_sae,), -quantile),
+        )
+
+    @property
+    def control(self) -> BiasControl:
+        """Of λ and the biases."""
+        return BiasControl(self.config)
+
     def initial_state(self) -> dict[str, Tensor]:
         """What the controller of L0 and p-annealing carry, if they are asked for: the last p, and the factor on λ."""
         annealing = {"p": torch.ones(()), "p_factor": torch.ones(())} if self.config.p_end < 1 else {}
-        return WeightControl(self.config).initial_state() | annealing
+        return self.control.initial_state() | annealing
 
     def loss(self, weights: Weights, x: Tensor, y: Tensor, moment: Moment) -> Loss:
         """See the module's equation. ``moment.dead`` is not used: this loss has no auxiliary term."""
-        control = WeightControl(self.config)
-        weight = control.sparsity_weight(moment) * moment.state.get("p_factor", 1.0)
+        weights = self.control.shifted(weights, moment.state)
+        weight = self.control.sparsity_weight(moment) * moment.state.get("p_factor", 1.0)
         p = 1 - (1 - self.config.p_end) * max(moment.done - ANNEAL_FROM, 0) / (1 - ANNEAL_FROM)
         rule = _ReLURule(weights, weight, len(x), p, moment.state["p"] if p < 1 else None)
         total, terms, firings = paid_loss(self, rule, weights, x, y)
-        entries = firings.sum()
-        state = control.next_state(moment, entries / len(x))
+        state = self.control.next_state(moment, len(x), firings, rule.sums)
         if p < 1:
             annealed = {
                 "p": torch.full_like(moment.state["p"], p),
                 "p_factor": moment.state["p_factor"] * rule.rescaling(),
             }
             state = state | annealed
-        return Loss(total, terms, entries, firings > 0, state)
+        return Loss(total, terms, firings.sum(), firings > 0, state)
 
     def encode(self, weights: Weights, x: Tensor) -> SparseCodes:
         """All positive activations."""
         return encode_relu(self.centred(weights, x), weights.encoder_rows, weights.b_enc)
+
+    def finished(self, weights: Weights, state: dict[str, Tensor]) -> tuple[SAEConfig, Weights]:
+        """With the controller's shift in the biases."""
+        return super().finished(self.control.shifted(weights, state), state)
