@@ -13,11 +13,16 @@ _MISSING = object()
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Every setting of ``wanted`` that is another in ``found``, as "name: a there, b here", names joined by dots."""
+    """Every setting of ``wanted`` that is another in ``found``, as "name: a there, b here", names joined by dots.
+
+    Settings of ``config`` go by their own name where no other has it.
+    """
     before, now = _flat(found), _flat(json.loads(json.dumps(dict(wanted))))
-    names = [name for name in now | before if before.get(name, _MISSING) != now.get(name, _MISSING)]
+    known = now | before
+    names = [name for name in known if before.get(name, _MISSING) != now.get(name, _MISSING)]
+    short = {name: name.removeprefix("config.") for name in names}
     return [
-        f"{name.removeprefix('config.')}: {_shown(before, name)} there, {_shown(now, name)} here"
+        f"{name if short[name] in known else short[name]}: {_shown(before, name)} there, {_shown(now, name)} here"
         for name in names
     ]
 

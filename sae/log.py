@@ -19,17 +19,36 @@ from activations.errors import InputError
 from activations.files import append_line, write_bytes
 from sae.architectures.base import Loss
 from sae.readback import Readback
+from sae.run import RunFolder
 from sae.sinks import Sink
 from sae.trainer import Trainer
 
-DIVERGED_MSE = (
-    100.0  # times the mean squared norm of what is reconstructed; an SAE that is 0 everywhere has 1
-)
+DIVERGED_MSE = 4.0  # times the mean squared norm of what is reconstructed; an SAE that is 0 everywhere has 1
 DIVERGED_AFTER = 0.1  # of the run: a fresh SAE may begin with a large error
 
 
 class Diverged(InputError):
-    """Training has left the numbers that it could come back from."""
+    """Training has left the numbers that it could come back from.
+
+    Attributes:
+        folders: the run folders of the trainings that did.
+    """
+
+    def __init__(self, message: str, folders: Sequence[Path]) -> None:
+        super().__init__(message)
+        self.folders = list(folders)
+
+    @classmethod
+    def of_all(cls, errors: Sequence["Diverged"]) -> "Diverged":
+        """One error for at least one of them: the error itself, or one sentence that names every run."""
+        if len(errors) == 1:
+            return errors[0]
+        folders = [folder for error in errors for folder in error.folders]
+        return cls(
+            f"{len(folders)} trainings diverged, {', '.join(map(str, folders))}: train them anew with a lower"
+            " learning_rate, with clip_norm 1, or with a longer warmup.",
+            folders,
+        )
 
 
 @dataclass(frozen=True)
@@ -46,15 +65,17 @@ class MetricsLog:
     """The log of one run.
 
     Args:
-        path: the file; None where another process writes it.
+        run: its folder. writes: False where another process writes the file.
         tokens_done: lines beyond this are of a run that was interrupted later, and dropped.
         sinks: hear every line as well.
     """
 
-    def __init__(self, path: Path | None, tokens_done: int, sinks: Sequence[Sink] = ()) -> None:
-        self.path = path
+    def __init__(
+        self, run: RunFolder, tokens_done: int, sinks: Sequence[Sink] = (), *, writes: bool = True
+    ) -> None:
+        self.run, self._writes = run, writes
         self._sinks = sinks
-        self._last = {} if path is None else _taken_up(path, tokens_done)
+        self._last = _taken_up(run.metrics, tokens_done) if writes else {}
         self._coming: _Line | None = None
         self._clear()
 
@@ -115,8 +136,8 @@ class MetricsLog:
             **line.facts["held_out"],
         }
         self._refuse_divergence(values, power, line.facts)
-        if self.path is not None:
-            append_line(self.path, json.dumps(values) + "\n")
+        if self._writes:
+            append_line(self.run.metrics, json.dumps(values) + "\n")
         self._last = values
         for sink in self._sinks:
             sink(values)
@@ -132,9 +153,10 @@ class MetricsLog:
             else ""
         )
         raise Diverged(
-            f"Training diverged by step {facts['step']:,} of {facts['n_steps']:,}, where the loss was"
-            f" {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.4g}{before}: train anew with"
-            f" a learning_rate below {facts['peak']:.2g}, with clip_norm 1, or with a longer warmup."
+            f"The training of {self.run.path} diverged by step {facts['step']:,} of {facts['n_steps']:,}, where the loss"
+            f" was {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.4g}{before}: train anew with"
+            f" a learning_rate below {facts['peak']:.2g}, with clip_norm 1, or with a longer warmup.",
+            [self.run.path],
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,15 +172,29 @@ class MetricsLog:
 
 
 def _taken_up(path: Path, tokens_done: int) -> dict[str, Any]:
-    """Drop the lines beyond ``tokens_done``; what the last one says that stays."""
+    """Drop the lines beyond ``tokens_done``; what the last one says that stays.
+
+    Raises:
+        InputError: a line is damaged.
+    """
     for unfinished in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         unfinished.unlink()
     kept: list[str] = []
     if path.exists() and tokens_done:
         # A line that a full disk or a kill cut short has no end.
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["tokens"] <= tokens_done]
+        kept = [line for number, line in enumerate(whole, 1) if _tokens_of(line, path, number) <= tokens_done]
     write_bytes(path, "".join(line + "\n" for line in kept).encode())
     last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
     return last
+
+
+def _tokens_of(line: str, path: Path, number: int) -> int:
+    """The training tokens after which a line was written."""
+    try:
+        return int(json.loads(line)["tokens"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} is damaged in line {number}: delete that line and run the same command again."
+        ) from None

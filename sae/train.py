@@ -7,6 +7,7 @@ weights, optimiser, schedule and folder, and ends in the bits in which it ends w
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,7 +153,7 @@ def train_side_by_side(
     Raises:
         InputError: settings that cannot work, runs that do not go together, a folder that holds something else, or
             activations that end too early.
-        Diverged: a run left the finite numbers; others beside it were finished first.
+        Diverged: runs left the numbers that they could come back from; others beside them were finished first.
     """
     for run in runs:
         run.config.check()
@@ -185,9 +186,11 @@ def _refuse_unequal(runs: Sequence[Run]) -> None:
     shared: dict[str, list[Any]] = {
         "hook_name": [run.config.hook_name for run in runs],
         "hook_out": [run.config.hook_out for run in runs],
+        "passes": [run.config.passes for run in runs],
         "batch_tokens": [run.config.resolved_batch_tokens() for run in runs],
         "number of steps": [run.config.n_steps() for run in runs],
         "order_seed": [run.config.order_seed for run in runs],
+        "buffer_tokens": [run.config.buffer_tokens for run in runs],
     }
     for name, values in shared.items():
         if len(set(values)) > 1:
@@ -222,7 +225,8 @@ def _train(
                     break
         except KeyboardInterrupt:
             for training in trainings:
-                training.save(batches)
+                with suppress(Diverged):  # its checkpoints stay as they are, and the others are saved
+                    training.save(batches)
             raise
     if trainings and done < n_steps:
         raise InputError(
@@ -234,7 +238,7 @@ def _train(
         except Diverged as error:
             diverged.append(error)
     if diverged:
-        raise diverged[0]
+        raise Diverged.of_all(diverged)
 
 
 def _step(
@@ -283,7 +287,7 @@ class _Training:
             sinks = open_sinks(run.config.log_to, run.folder, run.config, self.trainer.tokens_done)
         if self._writes and watch is not None:
             sinks.append(lambda line: watch(run, line))
-        self.log = MetricsLog(self.folder.metrics if self._writes else None, self.trainer.tokens_done, sinks)
+        self.log = MetricsLog(self.folder, self.trainer.tokens_done, sinks, writes=self._writes)
         if checkpoint is not None:
             self.log.load_state(checkpoint.tensors, checkpoint.plain["log"], self.trainer.device)
         self._log_every = max(self.trainer.n_steps // LOG_LINES, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from activations.errors import InputError
 from sae.config import SAEConfig, TrainConfig
+from sae.differences import differences
 from sae.model import SparseAutoencoder
 from sae.scaling import Scaling
 from sae.train import Run, train, train_side_by_side
@@ -178,6 +179,17 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path, finished: 
     assert train(other, PlantedBatches(120), scaling, replace_other=True).hash == alone.hash
 
 
+def test_two_settings_of_one_name_are_told_apart() -> None:
+    """The number of tokens in the configuration, and the hash of the tokens themselves."""
+    found = {"config": {"tokens": 1, "seed": 0}, "tokens": "a"}
+    wanted = {"config": {"tokens": 2, "seed": 1}, "tokens": "b"}
+    assert differences(found, wanted) == [
+        "config.tokens: 1 there, 2 here",
+        "seed: 0 there, 1 here",
+        'tokens: "a" there, "b" here',
+    ]
+
+
 def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     settings = config(steps=120)
     scaling = moments(PlantedBatches(1))
@@ -291,6 +303,14 @@ def test_side_by_side_ends_in_the_bits_of_training_alone(tmp_path: Path) -> None
         ({"batch_tokens": 32}, "Runs side by side must have the same batch_tokens, and these have 64, 32"),
         ({"tokens": 128}, "Runs side by side must have the same number of steps, and these have 20, 2"),
         ({"order_seed": 3}, "Runs side by side must have the same order_seed, and these have 0, 3"),
+        (
+            {"passes": 2, "tokens": 640},
+            "Runs side by side must have the same passes, and these have 1, 2: train",
+        ),
+        (
+            {"buffer_tokens": 640},
+            "Runs side by side must have the same buffer_tokens, and these have None, 640: train",
+        ),
         ({"hook_name": "x"}, "Runs side by side must have the same hook_name, and these have"),
         ({}, "Two runs side by side have the same folder"),
     ],

@@ -1,10 +1,11 @@
 """The options of training, each against its definition."""
 
+import itertools
 import json
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sae_train import D_IN, D_SAE, K, PlantedBatches, config, explained_variance, moments
+from test_sae_train import D_IN, D_SAE, K, Killed, PlantedBatches, config, explained_variance, moments
 from torch import Tensor
 
 from activations.errors import InputError
+from sae.architectures.base import Loss
 from sae.config import SAEConfig, TrainConfig
 from sae.constraints import Constraints
 from sae.dead import DeadFeatures
-from sae.log import Diverged
+from sae.log import Diverged, MetricsLog
 from sae.median import geometric_median
 from sae.optimizer import BLOCK, Adam8bit, dequantised, dynamic_code, forget, make_optimizer, quantised
 from sae.presets import PRESETS
 from sae.resample import resample
+from sae.run import RunFolder
 from sae.train import Run, train, train_side_by_side
 from sae.trainer import Trainer
 
@@ -520,7 +523,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_checkpoint(tmp_path: Pat
         train(run, Poisoned(200), moments(PlantedBatches(1)))
     said = str(error.value)
     assert said.startswith(
-        "Training diverged by step 94 of 200, where the loss was nan and the norm of the gradient"
+        f"The training of {tmp_path} diverged by step 94 of 200, where the loss was nan and the norm of the gradient"
     )
     assert "a line before they were" in said
     assert "learning_rate below 0.01" in said
@@ -535,9 +538,75 @@ def test_a_run_that_explodes_is_stopped_and_those_beside_it_are_finished(tmp_pat
     bad = Run(replace(good.config, learning_rate=1e4), tmp_path / "bad")
     with pytest.raises(Diverged) as error:
         train_side_by_side([bad, good], PlantedBatches(200), scaling)
+    assert str(error.value).startswith(f"The training of {bad.folder} diverged by step")
     assert "learning_rate below 1e+04" in str(error.value)
+    assert error.value.folders == [bad.folder]
     assert good.finished
     assert not bad.finished
+
+
+def test_several_runs_that_explode_are_named_in_one_sentence(tmp_path: Path) -> None:
+    bad = replace(config("relu", steps=200), learning_rate=1e4)
+    runs = [Run(replace(bad, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    with pytest.raises(Diverged) as error:
+        train_side_by_side(runs, PlantedBatches(200), moments(PlantedBatches(1)))
+    assert str(error.value) == (
+        f"2 trainings diverged, {tmp_path / '0'}, {tmp_path / '1'}: train them anew with a lower learning_rate, with"
+        " clip_norm 1, or with a longer warmup."
+    )
+    assert set(error.value.folders) == {run.folder for run in runs}
+
+
+@pytest.mark.parametrize(("factor", "diverged"), [(0.0, False), (2.5, True)])
+def test_an_error_of_several_times_the_power_is_divergence(
+    tmp_path: Path, factor: float, diverged: bool
+) -> None:
+    """An SAE that gives 0 has an error of the power itself, and goes on; one that gives −2.5 times x has 12 of it."""
+    run = Run(config("relu", steps=20), tmp_path)
+    trainer = Trainer(run.config, moments(PlantedBatches(1)))
+    log = MetricsLog(RunFolder(tmp_path), 0)
+    trainer.steps_done = 10
+    x = torch.randn(64, D_IN, generator=generator())
+    error = (x + factor * x).square().sum(1).mean()
+    loss = Loss(error, {"mse": error}, torch.zeros(()), torch.zeros(D_SAE), {})
+    log.add(loss, x.square().sum(1).mean(), len(x))
+    log.close_line(trainer, {})
+    if diverged:
+        with pytest.raises(Diverged):
+            log.flush()
+    else:
+        log.flush()
+
+
+def test_ctrl_c_saves_the_others_where_one_has_diverged(tmp_path: Path) -> None:
+    """The line that says so is on its way when the interrupt comes."""
+
+    class Interrupted(PlantedBatches):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from itertools.islice(super().__iter__(), 3)
+            raise KeyboardInterrupt
+
+    good = Run(config("relu", steps=200), tmp_path / "good")
+    bad = Run(replace(good.config, learning_rate=1e30), tmp_path / "bad")
+    with pytest.raises(KeyboardInterrupt):
+        train_side_by_side([bad, good], Interrupted(200), moments(PlantedBatches(1)))
+    assert [int(path.name) for path in (good.folder / "checkpoints").iterdir()] == [3 * 64]
+    assert not (bad.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("damage", ["{\n", "[1]\n", "\x00\n"])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, damage: str) -> None:
+    run = Run(config(steps=120), tmp_path)
+    with pytest.raises(Killed):
+        train(run, PlantedBatches(120, dies_after=60), moments(PlantedBatches(1)))
+    path = RunFolder(tmp_path).metrics
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], damage, *lines[3:]]))
+    with pytest.raises(InputError) as error:
+        train(run, PlantedBatches(120), moments(PlantedBatches(1)))
+    assert str(error.value) == (
+        f"{path} is damaged in line 3: delete that line and run the same command again."
+    )
 
 
 def test_wandb_and_tensorboard_hear_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
