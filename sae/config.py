@@ -15,6 +15,7 @@ from activations.errors import InputError
 from sae.presets import PRESETS, BiasInit, PresetName
 
 DEFAULT_TOKENS = 2_000_000
+SEEDS = 2**32  # a step's number fits beside a seed in the 64 bits of a generator's
 
 
 ArchitectureName = Literal["topk", "batch_topk", "matryoshka", "jumprelu", "gated", "relu"]
@@ -113,6 +114,11 @@ class SAEConfig:
             raise InputError("auxk and multi_topk are weights, and must not be negative.")
         if self.architecture == "matryoshka":
             widths = self.resolved_levels()
+            if not self.levels and widths[0] < 1:
+                raise InputError(
+                    f"d_sae is {self.d_sae}, and the default levels divide it by up to 16: give at least 16 features,"
+                    " or levels of your own."
+                )
             if any(low >= high for low, high in itertools.pairwise(widths)) or widths[0] < 1:
                 raise InputError(
                     f"levels are {', '.join(map(str, widths[:-1]))}, and must rise from at least 1 to below d_sae,"
@@ -165,8 +171,11 @@ class SAEConfig:
 def _refuse_endless(config: object) -> None:
     """No number of a configuration may be infinite or none at all."""
     for name, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name} is {value}, and must be a finite number.")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            shown = ", ".join(map(str, numbers))
+            wanted = "hold finite numbers only" if isinstance(value, tuple) else "be a finite number"
+            raise InputError(f"{name} is {shown}, and must {wanted}.")
 
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -229,7 +238,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay per step of an exponential mean of the weights, which then is the trained SAE; 0 for none (2406.04093)."""
     resample_every: int | None = None
-    """Tokens between two resamplings of dead features (Bricken et al. 2023); by default they are not resampled."""
+    """Tokens between two resamplings of dead features (Bricken et al. 2023), until decay begins; by default none."""
     kernels: Literal["torch", "triton"] = "torch"
     """triton: our kernels (CUDA only, not timed yet) for the sparse part of topk, batch_topk and matryoshka, and for
     Adam in float32 without clipping or alignment."""
@@ -268,8 +277,8 @@ class TrainConfig:
             ("order_seed", self.order_seed),
             ("shuffle_seed", self.corpus.shuffle_seed),
         ):
-            if seed < 0:
-                raise InputError(f"{name} is {seed}, and must not be negative.")
+            if not 0 <= seed < SEEDS:
+                raise InputError(f"{name} is {seed}, and must lie between 0 and {SEEDS - 1}.")
         for name in ("batch_tokens", "buffer_tokens", "resample_every", "checkpoint_every", "shards"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -307,6 +316,12 @@ class TrainConfig:
             raise InputError(
                 f"warmup is {warmup:g} and decay {decay:g}, and they are fractions of the run: neither may be negative,"
                 " nor their sum above 1."
+            )
+        before_decay = int((1 - decay) * self.tokens_read())
+        if self.resample_every is not None and self.resample_every > before_decay:
+            raise InputError(
+                f"resample_every is {self.resample_every}, and nothing is resampled while the learning rate falls: it"
+                f" must be at most {before_decay}, the tokens before that."
             )
         if self.resolved_clip_norm() < 0:
             raise InputError(f"clip_norm is {self.clip_norm}, and must not be negative.")

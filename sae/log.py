@@ -153,9 +153,9 @@ class MetricsLog:
             else ""
         )
         raise Diverged(
-            f"The training of {self.run.path} diverged by step {facts['step']:,} of {facts['n_steps']:,}, where the loss"
-            f" was {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.4g}{before}: train anew with"
-            f" a learning_rate below {facts['peak']:.2g}, with clip_norm 1, or with a longer warmup.",
+            f"The training of {self.run.path} diverged by step {facts['step']:,} of {facts['n_steps']:,}, where the"
+            f" loss was {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.4g}{before}: train"
+            f" anew with a learning_rate below {facts['peak']:.2g}, with clip_norm 1, or with a longer warmup.",
             [self.run.path],
         )
 

@@ -416,6 +416,10 @@ def test_training_resamples_until_the_rate_falls() -> None:
     assert revived(None) == 0
     assert revived(30 * 64) == 8
     assert revived(150 * 64) == 0  # the first would be after three quarters of the run
+    assert trainer_after(replace(base, resample_every=30 * 64, seed=2**32 - 1), 200, kill).steps_done == 200
+    replace(base, resample_every=100 * 64).check()
+    with pytest.raises(InputError):
+        replace(base, resample_every=100 * 64 + 1).check()
 
 
 # --- presets and settings
@@ -448,7 +452,17 @@ def test_presets_choose_what_is_left_open_and_nothing_else() -> None:
         ({"ema": 1.0}, "ema is 1.0, and must be at least 0 and below 1."),
         ({"checkpoint_every": 0}, "checkpoint_every is 0, and must be at least 1."),
         ({"resample_every": 0}, "resample_every is 0, and must be at least 1."),
-        ({"order_seed": -1}, "order_seed is -1, and must not be negative."),
+        ({"resample_every": 1_000_001}, "resample_every is 1000001, and nothing is resampled while the learning rate"),
+        ({"order_seed": -1}, "order_seed is -1, and must lie between 0 and 4294967295."),
+        ({"seed": 2**32}, "seed is 4294967296, and must lie between 0 and 4294967295."),
+        (
+            {"sae": SAEConfig(architecture="matryoshka", level_weights=(math.nan, 1.0, 1.0, 1.0, 1.0))},
+            "level_weights is nan, 1.0, 1.0, 1.0, 1.0, and must hold finite numbers only.",
+        ),
+        (
+            {"sae": SAEConfig(architecture="matryoshka", d_sae=15, k=2)},
+            "d_sae is 15, and the default levels divide it by up to 16: give at least 16 features, or levels of",
+        ),
         ({"hook_out": "blocks.3.hook_resid_post"}, "hook_out and hook_name are both blocks.3.hook_resid_post"),
         ({"sae": SAEConfig(transcoder=True)}, "A transcoder writes another hook than it reads: give hook_out."),
         ({"sae": SAEConfig(k=4096)}, "k is 4096, and must be at least 1 and less than the number of features"),
