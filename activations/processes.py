@@ -1,5 +1,6 @@
 """Several processes that share one piece of work, as ``torchrun`` starts them."""
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,4 +49,5 @@ def started_processes(device: "torch.device | None" = None) -> Processes:
     if not dist.is_initialized():
         on_cuda = device is not None and device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=LONGEST_WAIT)
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
     return Processes(dist.get_rank(), dist.get_world_size(), dist.barrier)
