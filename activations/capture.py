@@ -3,7 +3,7 @@
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -62,7 +62,7 @@ def capture_blocks(
     *,
     batch_blocks: int | None = None,
     start: int = 0,
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
     """Activations of all blocks from ``start`` on, in order; see :func:`capture_ranges`.
 
     Yields:
@@ -81,7 +81,7 @@ def capture_ranges(
     ranges: Iterable[BlockRange],
     *,
     n_workers: int | None = None,
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
     """Activations of blocks ``start`` to ``stop`` for each of ``ranges``, in that order.
 
     Shared out among Python threads as :func:`in_order` says. Edits in force (``model.edited``) hold in all.
@@ -103,8 +103,10 @@ def capture_range(
 
 def in_order(
     device: torch.device, work: Callable[[T], R], items: Iterable[T], *, n_workers: int | None = None
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """``work(item)`` for each of ``items``, in their order.
+
+    Close it (``contextlib.closing``) where not everything is read: its threads end then, and not at some later time.
 
     On a CPU the items are shared out among ``n_workers`` Python threads (as many as PyTorch has threads by
     default), each of which computes on one thread: half again as fast as splitting every product of a small
