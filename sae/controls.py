@@ -2,18 +2,22 @@
 
 A good reconstruction proves little by itself: activations concentrate in few directions, and dictionaries
 that were never trained explain much of their variance too (2501.17727, 2602.14111). Controls are fitted on
-training text, like the SAE. The linear one keeps round(L0) numbers of each activation: principal components for an
-SAE, and for a transcoder, which has to predict other activations than those it reads, reduced-rank regression.
+training text, like the SAE; only how sparse they are is fitted to the text that is evaluated, where most SAEs fire
+at another rate than in training. The linear one keeps round(L0) numbers of each activation: principal components for
+an SAE, and for a transcoder, which has to predict other activations than those it reads, reduced-rank regression.
 """
 
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import capture_blocks, kept_at_all
+from activations.capture import capture_blocks, capture_ranges, kept_at_all
 from activations.models import LanguageModel
 from sae.architectures.base import Weights
 from sae.codes import Pattern, SparseCodes
@@ -22,6 +26,7 @@ from sae.model import SparseAutoencoder
 from sae.sparse import tile_rows
 
 REFERENCE_ROWS = 20_000
+EVALUATED_ROWS = 8192
 L0_ROWS = 2048
 L0_TOLERANCE = 0.02
 
@@ -38,24 +43,26 @@ class Autoencoder(Protocol):
         ...
 
 
-def control_autoencoders(sae: SparseAutoencoder, reference: Tensor, seed: int) -> dict[str, Autoencoder]:
-    """Both controls, at the SAE's mean L0 over 2,048 rows of ``reference``.
+def control_autoencoders(
+    sae: SparseAutoencoder, reference: Tensor, evaluated: Tensor, seed: int
+) -> dict[str, Autoencoder]:
+    """Both controls, at the SAE's mean L0 over ``evaluated``.
 
     Args:
         reference: activations of training text as :func:`reference_activations` gives them, with the SAE's device
             and dtype.
+        evaluated: likewise, of the text that is evaluated, as :func:`evaluated_activations` gives them.
         seed: of the random weights.
     """
     x, y = read_and_written(sae, reference)
-    step = -(-len(reference) // L0_ROWS)
-    l0 = _mean_l0(sae, x[::step])
+    l0 = _mean_l0(sae, read_and_written(sae, evaluated)[0])
     rank = max(1, round(l0))
     linear: dict[str, Autoencoder] = (
         {"reduced_rank": ReducedRank.fit(x, y, rank)}
         if sae.config.transcoder
         else {"principal_components": PrincipalComponents.fit(x, rank)}
     )
-    return {**linear, "random_weights": random_weights(sae, reference, l0, seed)}
+    return {**linear, "random_weights": random_weights(sae, reference, evaluated, l0, seed)}
 
 
 @dataclass(frozen=True)
@@ -135,22 +142,24 @@ def _all_fire(values: Tensor) -> SparseCodes:
     return SparseCodes(Pattern(k, indices), values)
 
 
-def random_weights(sae: SparseAutoencoder, reference: Tensor, l0: float, seed: int) -> SparseAutoencoder:
+def random_weights(
+    sae: SparseAutoencoder, reference: Tensor, evaluated: Tensor, l0: float, seed: int
+) -> SparseAutoencoder:
     """An untrained SAE of the same size and L0: random unit rows, tied, centred on the mean activation.
 
     A TopK SAE is compared with TopK. The L0 of every other architecture depends on its weights: there the control is
-    a ReLU SAE with one threshold for all features, found by bisection on 2,048 rows of ``reference``. The decoder is
-    multiplied by the one number that reconstructs those rows best: random directions would otherwise lose by their
-    length alone. A transcoder's decoder rows are drawn by themselves, and it has no skip connection.
+    a ReLU SAE with one threshold for all features, found by bisection on 2,048 rows of ``evaluated``. The decoder is
+    multiplied by the one number that reconstructs 2,048 rows of ``reference`` best: random directions would otherwise
+    lose by their length alone. A transcoder's decoder rows are drawn by themselves, and it has no skip connection.
 
     Args:
-        reference: activations of training text as :func:`reference_activations` gives them.
+        reference, evaluated: as for :func:`control_autoencoders`.
         l0: the mean L0 to reach.
     """
     x, y = read_and_written(sae, reference)
     mean_in, mean_out = mean_activation(x), mean_activation(y)
-    step = -(-len(reference) // L0_ROWS)
-    x, y = x[::step], y[::step]
+    x, y = _some_rows(x), _some_rows(y)
+    firing = _some_rows(read_and_written(sae, evaluated)[0])
     generator = torch.Generator().manual_seed(seed)
     tied = Weights.tied(sae.d_in, sae.d_sae, generator)
     if sae.config.transcoder:
@@ -167,16 +176,16 @@ def random_weights(sae: SparseAutoencoder, reference: Tensor, l0: float, seed: i
         return SparseAutoencoder(config, replace(weights, b_enc=b_enc, b_dec=mean_out), {})
 
     control = with_threshold(0.0)
-    if _mean_l0(control, x) > (1 + L0_TOLERANCE) * l0:
+    if _mean_l0(control, firing) > (1 + L0_TOLERANCE) * l0:
         # Encoder rows have norm 1, so no pre-activation exceeds the norm of its input.
-        low, high = 0.0, float((x - mean_in).norm(dim=1).max())
+        low, high = 0.0, float((firing - mean_in).norm(dim=1).max())
         for _ in range(20):
             threshold = (low + high) / 2
-            control = with_threshold(threshold)
-            if _mean_l0(control, x) > l0:
+            if _mean_l0(with_threshold(threshold), firing) > l0:
                 low = threshold
             else:
                 high = threshold
+        control = with_threshold(high)
     estimate = control(x) - mean_out
     scale = ((y - mean_out) * estimate).sum() / estimate.square().sum().clamp_min(1e-30)
     return SparseAutoencoder(config, replace(control.weights, W_dec=weights.W_dec * scale), {})
@@ -211,18 +220,53 @@ def reference_activations(
         float32 ``[n_rows, d_in]`` on the CPU, of a transcoder ``[n_rows, d_in + d_out]``; fewer rows where the blocks
         hold fewer.
     """
+    batches = capture_blocks(model, blocks, list(sae.exclusions(model.tokenizer)))
+    return _kept_rows(model, sae, blocks, batches, n_rows)
+
+
+def evaluated_activations(
+    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, seed: int, n_rows: int = EVALUATED_ROWS
+) -> Tensor:
+    """Activations to measure L0 on: the first ``n_rows`` that count of ``blocks``, these in a random order.
+
+    Args:
+        blocks: of the split that is evaluated. seed: of the order.
+
+    Returns:
+        as :func:`reference_activations`.
+    """
+    order = np.random.default_rng(seed).permutation(blocks.n_blocks).tolist()
+    ranges = ((block, block + 1) for block in order)
+    batches = capture_ranges(model, blocks, list(sae.exclusions(model.tokenizer)), ranges)
+    return _kept_rows(model, sae, blocks, batches, n_rows)
+
+
+def _kept_rows(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    blocks: TokenBlocks,
+    batches: Generator[tuple[int, dict[str, Tensor]], Any, None],
+    n_rows: int,
+) -> Tensor:
+    """The first ``n_rows`` of ``batches`` (first block, activations by hook) that count, all hooks side by side."""
     exclusions = sae.exclusions(model.tokenizer)
     parts: list[Tensor] = []
     missing = n_rows
-    for start, captured in capture_blocks(model, blocks, list(exclusions)):
-        stop = start + len(captured[sae.hook_name])
-        counts = kept_at_all(blocks, start, stop, captured, exclusions)
-        sides = (captured[hook_name] for hook_name in exclusions)
-        parts.append(torch.cat([x[counts.to(x.device)][:missing].float().cpu() for x in sides], dim=1))
-        missing -= len(parts[-1])
-        if missing <= 0:
-            break
+    with closing(batches):
+        for start, captured in batches:
+            stop = start + len(captured[sae.hook_name])
+            counts = kept_at_all(blocks, start, stop, captured, exclusions)
+            sides = (captured[hook_name] for hook_name in exclusions)
+            parts.append(torch.cat([x[counts.to(x.device)][:missing].float().cpu() for x in sides], dim=1))
+            missing -= len(parts[-1])
+            if missing <= 0:
+                break
     return torch.cat(parts)
+
+
+def _some_rows(x: Tensor) -> Tensor:
+    """At most 2,048 rows of ``x [n, d]``, evenly spaced."""
+    return x[:: -(-len(x) // L0_ROWS)]
 
 
 def _mean_l0(sae: SparseAutoencoder, x: Tensor) -> float:

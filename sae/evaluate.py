@@ -49,11 +49,13 @@ document that it opens. Logarithms are natural.
 
 **Intervals** are 95% bootstrap intervals over documents (:mod:`sae.bootstrap`); the figures of a bootstrap
 sample are ratios of that sample's sums, x̄ included. **Controls** have the SAE's figures under the same names,
-and ``ce`` for ``ce_sae``. Sums are in float64; the same inputs, seed and batches give the same bits.
+and ``ce`` for ``ce_sae``; the L0 that they are given is the SAE's on 8,192 of the replaced positions, in blocks chosen
+at random. Sums are in float64; the same inputs, seed and batches give the same bits.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -69,11 +71,18 @@ from activations.files import hash_tensors
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from sae.bootstrap import DocumentSums, Estimator, Figure, Totals
-from sae.controls import control_autoencoders, mean_activation, read_and_written
+from sae.controls import (
+    Autoencoder,
+    control_autoencoders,
+    evaluated_activations,
+    mean_activation,
+    read_and_written,
+)
 from sae.model import SparseAutoencoder, check_belongs
 from sae.variants import AT_REPLACED, Variants, check_alike
 
 BINS_PER_DECADE = 4
+_NOTHING_TO_REPLACE = "The blocks hold no token that the SAE would replace: give some that hold text."
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,7 @@ def evaluate(
             which the mean of mean-ablation and both controls are made; of a transcoder ``[n, d_in + d_out]``, both
             hooks side by side. 20,000 rows do; see :func:`sae.controls.reference_activations`.
         controls: whether to run the two controls, which take a third of the time.
-        seed: of the bootstrap and of the random weights.
+        seed: of the bootstrap, of the random weights and of the blocks on which L0 is measured for the controls.
 
     Raises:
         InputError: the SAE does not fit the model or ``reference``, or the blocks hold nothing to replace.
@@ -221,10 +230,13 @@ def evaluate_many(
         _check(model, sae, reference)
     first = next(iter(saes.values()))
     reference = reference.to(first.b_dec)
+    control: dict[str, dict[str, Autoencoder]] = {name: {} for name in saes}
+    if controls:
+        evaluated = evaluated_activations(model, first, blocks, seed).to(first.b_dec)
+        if not len(evaluated):
+            raise InputError(_NOTHING_TO_REPLACE)
+        control = {name: control_autoencoders(sae, reference, evaluated, seed) for name, sae in saes.items()}
     # Sums carry names such as "sae.NAME" and "random_weights.NAME", which none of "clean", "zero", "mean" can be.
-    control = {
-        name: control_autoencoders(sae, reference, seed) if controls else {} for name, sae in saes.items()
-    }
     variants = Variants(
         model,
         blocks,
@@ -234,15 +246,16 @@ def evaluate_many(
     )
     sums = DocumentSums(len(blocks.names))
     firings = {name: torch.zeros(sae.d_sae, dtype=torch.int64) for name, sae in saes.items()}
-    with progress("evaluate", total=blocks.n_tokens, unit="tokens") as step:
-        for batch in in_order(model.device, variants.measure, variants.batches()):
+    batches = in_order(model.device, variants.measure, variants.batches())
+    with progress("evaluate", total=blocks.n_tokens, unit="tokens") as step, closing(batches):
+        for batch in batches:
             sums.add(batch.documents)
             for name, counts in firings.items():
                 counts += batch.firings[f"sae.{name}"]
             step(batch.n_tokens)
     estimate = Estimator(sums, seed)
     if not estimate.totals.get("positions", 0):
-        raise InputError("The blocks hold no token that the SAE would replace: give some that hold text.")
+        raise InputError(_NOTHING_TO_REPLACE)
     inputs = {
         "model": model.hash,
         "tokens": blocks.hash,

@@ -2,6 +2,7 @@
 and in cases whose answer is known; intervals, controls, JSON."""
 
 import json
+import threading
 from contextlib import contextmanager
 from functools import cache
 from math import log
@@ -22,7 +23,12 @@ from sae.architectures.base import Weights
 from sae.architectures.registry import architecture_from
 from sae.bootstrap import DocumentSums, Estimator, PartialSums
 from sae.config import SAEConfig
-from sae.controls import PrincipalComponents, control_autoencoders, reference_activations
+from sae.controls import (
+    PrincipalComponents,
+    control_autoencoders,
+    evaluated_activations,
+    reference_activations,
+)
 from sae.evaluate import Evaluation, evaluate, evaluate_many
 from sae.model import SparseAutoencoder
 from sae.variants import Predictions
@@ -124,7 +130,8 @@ def slow_logits(ids: torch.Tensor, change=None) -> tuple[torch.Tensor, torch.Ten
 
 def slow_evaluation(sae: SparseAutoencoder, blocks: TokenBlocks) -> dict:
     max_norm = sae.metadata["max_norm"]
-    controls = control_autoencoders(sae, reference(), seed=0)
+    evaluated = evaluated_activations(model(), sae, blocks, seed=0).double()
+    controls = control_autoencoders(sae, reference(), evaluated, seed=0)
     centred = (reference() - reference().mean(0)).numpy()
     components = torch.from_numpy(np.linalg.svd(centred, full_matrices=False)[2])
     k = len(controls["principal_components"].components)
@@ -467,7 +474,7 @@ def test_batches_of_any_size_give_the_same_figures(monkeypatch):
 @pytest.mark.parametrize("architecture", ["topk", "relu"])
 def test_controls_have_the_l0_of_the_sae_and_are_centred(architecture):
     sae = make_sae(architecture)
-    controls = control_autoencoders(sae, reference(), seed=0)
+    controls = control_autoencoders(sae, reference(), reference(), seed=0)
     l0 = sae.encode(reference()).l0()
     random_sae = controls["random_weights"]
     assert random_sae.encode(reference()).l0() == pytest.approx(l0, rel=0.02)
@@ -500,12 +507,74 @@ def test_there_is_a_random_control_for_every_architecture(architecture, normalis
     sae = SparseAutoencoder(config, weights, {"hook_name": HOOK, "normalize_activations": normalisation})
     l0 = sae.encode(reference()).l0()
     assert 1 < l0 < D_SAE / 2
-    control = control_autoencoders(sae, reference(), seed=0)["random_weights"]
+    control = control_autoencoders(sae, reference(), reference(), seed=0)["random_weights"]
     assert control.encode(reference()).l0() == pytest.approx(l0, rel=0.02)
     centred, estimate = reference() - reference().mean(0), control(reference()) - reference().mean(0)
     assert 0 < float((centred * estimate).sum()) == pytest.approx(float(estimate.square().sum()), rel=1e-6)
     result = evaluate(model(), sae, make_blocks(), reference=reference())
-    assert result.controls["random_weights"]["l0"] == pytest.approx(result.l0, rel=0.2)
+    assert result.controls["random_weights"]["l0"] == pytest.approx(result.l0, rel=0.02)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.9])
+def test_controls_have_the_l0_that_the_sae_has_on_the_evaluated_text(max_norm):
+    """A threshold SAE fires less on the reference, whose activations lie nearer to their mean."""
+    if max_norm is not None:
+        max_norm = float(reference().norm(dim=1).quantile(max_norm))
+    sae, mean = make_sae("relu", max_norm=max_norm), reference().mean(0)
+    near = mean + 0.8 * (reference() - mean)
+    result = evaluate(model(), sae, make_blocks(), reference=near)
+    assert sae.encode(near).l0() < 0.8 * result.l0
+    assert result.controls["principal_components"]["l0"] == round(result.l0)
+    assert result.controls["random_weights"]["l0"] == pytest.approx(result.l0, rel=0.02)
+
+
+def test_l0_is_measured_on_blocks_from_everywhere():
+    """All positions that count where there are few; else of some blocks, which ones the seed decides."""
+    blocks = make_blocks("isolated", n_documents=30, n_tokens=400)
+    sae = make_sae(max_norm=float(reference().norm(dim=1).quantile(0.7)))
+    x = model().capture(blocks.ids_tensor(0, blocks.n_blocks), [HOOK])[HOOK]
+    text = torch.from_numpy((blocks.ids != END_OF_TEXT) & (blocks.documents != PADDING))
+    kept = text & (x.float().norm(dim=-1) <= sae.metadata["max_norm"])
+
+    def sample(seed, **options):
+        return evaluated_activations(model(), sae, blocks, seed, **options)
+
+    def in_one_order(rows):
+        return rows[rows[:, 0].argsort()]
+
+    expected = x[kept].float()
+    torch.testing.assert_close(in_one_order(sample(0)), in_one_order(expected), rtol=1e-5, atol=1e-6)
+    some = sample(0, n_rows=20)
+    assert some.shape == (20, D_IN)
+    assert torch.equal(some, sample(0)[:20])
+    assert not torch.equal(some, sample(1, n_rows=20))
+
+
+def test_reading_ends_with_its_threads_even_where_an_exception_is_kept(monkeypatch):
+    """A traceback holds the loop that it came through, and that its threads, until a collector finds both."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*arguments):
+        raise Stop
+
+    @contextmanager
+    def progress(description, *, total, unit):
+        yield stop
+
+    blocks = make_blocks(n_documents=40, n_tokens=600, split="train", seed=1)
+    monkeypatch.setattr("sae.variants._LOGIT_BYTES", 32)
+    evaluate(model(), make_sae(), blocks, reference=reference(), controls=False)
+    before = {*threading.enumerate()}  # those that encode stay
+    with pytest.raises(Stop) as in_evaluation:
+        evaluate(model(), make_sae(), blocks, reference=reference(), controls=False, progress=progress)
+    with monkeypatch.context() as patch, pytest.raises(Stop) as in_controls:
+        patch.setattr("sae.controls.kept_at_all", stop)
+        reference_activations(model(), make_sae(), blocks)
+    assert in_evaluation.tb
+    assert in_controls.tb
+    assert {*threading.enumerate()} <= before
 
 
 def test_principal_components_reconstruct_best_of_all_k_dimensional_subspaces():

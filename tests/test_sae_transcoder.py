@@ -20,7 +20,7 @@ from features.trace import mean_norm
 from sae.architectures.base import Weights
 from sae.architectures.registry import ARCHITECTURES, architecture_from
 from sae.config import SAEConfig, TrainConfig
-from sae.controls import ReducedRank, control_autoencoders, reference_activations
+from sae.controls import ReducedRank, control_autoencoders, evaluated_activations, reference_activations
 from sae.evaluate import evaluate
 from sae.model import SparseAutoencoder
 from sae.scaling import Scaling
@@ -208,8 +208,11 @@ def by_hand(
     return seen["x"], seen["y"], logits
 
 
-def slow_evaluation(sae: SparseAutoencoder, blocks: TokenBlocks, reference: Tensor) -> dict[str, Any]:
-    controls: dict[str, Any] = control_autoencoders(sae, reference, seed=0)
+def slow_evaluation(
+    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, reference: Tensor
+) -> dict[str, Any]:
+    evaluated = evaluated_activations(model, sae, blocks, seed=0).double()
+    controls: dict[str, Any] = control_autoencoders(sae, reference, evaluated, seed=0)
     of_random = controls["random_weights"]
     known_x, known_y = reference.split([D_IN, D_OUT], dim=1)
     mean_x, mean_y = known_x.mean(0), known_y.mean(0)
@@ -311,12 +314,14 @@ def test_every_metric_equals_hooks_by_hand(
     }
     blocks = make_blocks(packing)
     sae = transcoder(architecture, skip=skip, **bounds)
-    expected = slow_evaluation(sae, blocks, reference)
+    expected = slow_evaluation(model, sae, blocks, reference)
     text = int(((blocks.ids != END_OF_TEXT) & (blocks.documents != PADDING)).sum())
     assert 0.5 * text < expected["replaced"] < 0.85 * text  # both bounds leave some out
     assert abs(expected["ce_zero"] - expected["ce_clean"]) > 1e-3
     found = evaluate(model, sae, blocks, reference=reference).to_json()
     assert_agrees(found, expected, rel=1e-8)
+    assert found["controls"]["reduced_rank"]["l0"] == round(found["l0"])
+    assert found["controls"]["random_weights"]["l0"] == pytest.approx(found["l0"], rel=0.02)
 
 
 class Linear(nn.Module):
@@ -441,7 +446,7 @@ def test_reduced_rank_regression_has_the_least_error_of_its_rank(reference: Tens
 def test_a_random_transcoder_has_the_l0_and_the_best_length(reference: Tensor, architecture: str) -> None:
     sae = transcoder(architecture, skip=True)
     x, y = reference.split([D_IN, D_OUT], dim=1)
-    control: Any = control_autoencoders(sae, reference, seed=0)["random_weights"]
+    control: Any = control_autoencoders(sae, reference, reference, seed=0)["random_weights"]
     assert control.encode(x).l0() == pytest.approx(sae.encode(x).l0(), rel=0.02)
     assert control.W_skip is None
     goal, estimate = y - y.mean(0), control(x) - y.mean(0)
