@@ -10,10 +10,12 @@ A sweep's folder::
 
 Runs that read the same batches are trained side by side on one stream. Where there are several such groups (another
 hook, another order), the model runs once over the text, into a store that holds all their hooks, and one group after
-the other reads it; a single group is trained as the model reads. Each SAE has the bits that it would have alone.
+the other reads it; a single group is trained as the model reads. Each SAE has the bits that it would have alone on the
+same activations: with several groups these are the store's, in bfloat16, so an SAE is that of ``sae train --store`` on
+it and not that of a ``sae train`` that reads a running model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -28,6 +30,7 @@ from activations.store import ActivationStore
 from activations.writer import write_store
 from features.pipeline import Pipeline, Sizes
 from sae.evaluate import Evaluation, evaluate_many
+from sae.log import Diverged
 from sae.model import SparseAutoencoder
 from sae.pareto import Measured, write_pareto
 from sae.sweep import SWEEP_FILE, SweepConfig, stream_of
@@ -48,7 +51,8 @@ class Sweep:
         model: a loaded model to use in the place of the configuration's.
 
     Raises:
-        InputError: the folder holds something that is no sweep, or a configuration cannot work.
+        InputError: the folder holds something that is no sweep, or a sweep with runs that this one has not; or a
+            configuration cannot work.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Sweep:
             self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / SWEEP_FILE).is_file()
         ):
             raise InputError(f"{self.folder} holds something that is no sweep: give an empty or new folder.")
+        self._refuse_losing({name for name, _ in runs})
         self.keep_activations = keep_activations
         self.progress = progress
         streams: dict[Any, Group] = {}
@@ -87,6 +92,18 @@ class Sweep:
             for name, run in runs
         }
         self._first = next(iter(self.runs.values()))
+
+    def _refuse_losing(self, names: Collection[str]) -> None:
+        """A sweep may grow; one that lacks runs of the folder's own would overwrite its settings and results."""
+        path = self.folder / SWEEP_FILE
+        if not path.is_file():
+            return
+        lost = [name for name, _ in SweepConfig.read(path).expand() if name not in names]
+        if lost:
+            raise InputError(
+                f"{self.folder} holds another sweep, and this one lacks its runs {', '.join(lost)}: give another"
+                f" folder, or what {SWEEP_FILE} says and more."
+            )
 
     @property
     def model(self) -> LanguageModel:
@@ -144,13 +161,22 @@ class Sweep:
             announce: hears the names of each group. watch: hears the lines of every run's ``metrics.jsonl``.
 
         An interrupted sweep goes on where it stopped, and ends in the same bits.
+
+        Raises:
+            Diverged: runs left the numbers that they could come back from; all others were trained first.
         """
+        diverged: list[Diverged] = []
         unfinished = [group for group in self.groups if not all(self.runs[name].is_trained for name in group)]
         for names in unfinished:
             announce(names)
-            self._train(names, watch)
+            try:
+                self._train(names, watch)
+            except Diverged as error:
+                diverged.append(error)
         if self._store_folder.exists() and not self.keep_activations:
             ActivationStore.open(self._store_folder).delete()
+        if diverged:
+            raise Diverged.of_all(diverged)
 
     def _train(self, names: Sequence[str], watch: Watch | None) -> None:
         group = [self.runs[name] for name in names]
@@ -194,19 +220,19 @@ class Sweep:
         )
 
     def saes(self) -> dict[str, SparseAutoencoder]:
-        """The trained SAEs by the name of their run."""
-        return {name: run.sae() for name, run in self.runs.items()}
+        """The SAEs by the name of their run, as far as they are trained."""
+        return {name: run.sae() for name, run in self.runs.items() if run.is_trained}
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """Measure every SAE on the test split into its run's ``evaluation.json``, those of one hook together.
+        """Measure every trained SAE on the test split into its run's ``evaluation.json``, those of one hook together.
 
         Also writes ``sweep.json`` and ``pareto.html``. Controls are left out: ``sae evaluate`` on a run adds them.
         """
         saes = self.saes()
         found = {name: self.runs[name].measured(sae) for name, sae in saes.items()}
         hooks: dict[Any, Group] = {}
-        for name, run in self.runs.items():
-            hooks.setdefault(run.config.hook_names, []).append(name)
+        for name in saes:
+            hooks.setdefault(self.runs[name].config.hook_names, []).append(name)
         for names in hooks.values():
             missing = {name: saes[name] for name in names if found[name] is None}
             if missing:

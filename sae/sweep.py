@@ -43,6 +43,7 @@ from sae.config import SAEConfig, TrainConfig
 from sae.run import config_from_table, config_to_table, fits, in_words
 
 SWEEP_FILE = "sweep.toml"
+CHANGES = ("grid", "run")  # the tables in it that say what is changed
 FIXED = (  # one model reads one text, and its activations serve all runs
     *("model", "device", "dtype", "center_writing_weights", "corpus", "store", "order"),
     *("tokens", "context_length", "rule", "log_to"),
@@ -116,7 +117,11 @@ class SweepConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not valid TOML ({error}).") from None
         table.pop("format_version", None)
-        changes = {key: _tables(table.pop(key, []), key, path) for key in ("grid", "run")}
+        changes = {key: _tables(table.pop(key, []), key, path) for key in CHANGES}
+        for key in table:
+            near = difflib.get_close_matches(key, [*CHANGES, *_TRAIN_FIELDS], 1)
+            if key not in _TRAIN_FIELDS and near and near[0] in CHANGES:
+                raise InputError(f"{path} has an unknown key {key!r}: did you mean {near[0]}?")
         grids = tuple({name: _as_values(values) for name, values in grid.items()} for grid in changes["grid"])
         return cls(config_from_table(table, path), grids, tuple(changes["run"]))
 
@@ -165,7 +170,8 @@ def _typed(text: str) -> tuple[Any, ...]:
     try:
         return tuple(tomllib.loads(f"values = [{text}]")["values"])
     except tomllib.TOMLDecodeError:
-        return tuple(text.split(","))
+        words = text.split(",")
+        return tuple(words) if len(words) == 1 else tuple(value for word in words for value in _typed(word))
 
 
 def _tables(found: Any, key: str, path: Path) -> list[dict[str, Any]]:

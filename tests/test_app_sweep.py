@@ -67,6 +67,24 @@ def test_a_sweep_from_a_file_which_flags_change(tmp_path: Path, texts: Path, sae
     assert "2 SAEs on 10,000 tokens" in printed
 
 
+def test_the_folder_alone_goes_on_and_what_diverged_is_said_at_the_end(
+    tmp_path: Path, texts: Path, sae: Command
+) -> None:
+    folder = tmp_path / "sweep"
+    words = ("--out", folder, "--text", texts, *SHORT, "--grid", "learning-rate=0.001,1e6")
+    said = sae.refused("sweep", *words)
+    assert said.startswith(f"The training of {folder / 'lr1000000'} diverged by step")
+    assert re.search(r"^lr0.001 +[\d.]+ +[\d.-]+ \(", sae.output, re.MULTILINE)
+    assert set(json.loads((folder / "sweep.json").read_text())["runs"]) == {"lr0.001"}
+    assert (folder / "pareto.html").is_file()
+
+    assert "2 SAEs on 20,000 tokens" in sae("sweep", "--out", folder, "--dry-run")
+    assert sae.refused("sweep", *words[:-1], "learning-rate=0.01") == (
+        f"{folder} holds another sweep, and this one lacks its runs lr0.001, lr1000000: give another folder, or what"
+        " sweep.toml says and more."
+    )
+
+
 def test_the_weight_for_an_l0_is_found_and_said_with_its_command(tmp_path: Path, sae: Command) -> None:
     words = (*SHORT, "--batch-tokens", "8", "--learning-rate", "0.003", "--architecture", "relu")
     printed = sae("sweep", "--find", "l0=8", "--out", tmp_path / "find", *words)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import tree
 
 from activations.corpus import CorpusConfig
 from activations.errors import InputError
@@ -22,6 +23,7 @@ from features.sweep import Sweep
 from sae.architectures.registry import ARCHITECTURES
 from sae.config import SAEConfig, TrainConfig
 from sae.find import find_sparsity_weight
+from sae.log import Diverged
 from sae.pareto import Measured, pareto_front
 from sae.scaling import Scaling
 from sae.sweep import SweepConfig, grid_from_words
@@ -96,6 +98,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
         "tied_init": (True, False),
         "levels": ([8, 16], [4, 8]),
     }
+    assert grid_from_words(["k=8,a"]) == {"k": (8, "a")}  # a value that is none is the one to blame
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,11 @@ def test_words_and_files_that_are_no_grid(tmp_path: Path) -> None:
         with pytest.raises(InputError) as refused:
             grid_from_words(words)
         assert str(refused.value) == sentence
+    for key, meant in (("grids", "grid"), ("runs", "run"), ("sead", "seed")):
+        path.write_text(f"[[{key}]]\nk = [4]\n")
+        with pytest.raises(InputError) as refused:
+            SweepConfig.read(path)
+        assert str(refused.value) == f"{path} has an unknown key {key!r}: did you mean {meant}?"
     path.write_text("grid = 3\n")
     with pytest.raises(InputError) as refused:
         SweepConfig.read(path)
@@ -300,6 +308,40 @@ def test_killed_sweeps_end_in_the_same_bits(
     sweep(folder)
     assert weights(folder) == weights(tmp_path / "whole")
     assert len(weights(folder)) == 2 * len(hooks)
+
+
+def test_a_sweep_grows_and_loses_no_run(model: LanguageModel, base: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    first = Sweep(folder, SweepConfig(base, grids=({"k": (4, 8)},)), model=model)
+    first.start()
+    before = tree(folder)
+    with pytest.raises(InputError) as refused:
+        Sweep(folder, SweepConfig(base, grids=({"k": (8, 16)},)), model=model)
+    assert str(refused.value) == (
+        f"{folder} holds another sweep, and this one lacks its runs k4: give another folder, or what sweep.toml says"
+        " and more."
+    )
+    assert tree(folder) == before
+    Sweep(folder, SweepConfig(base, grids=({"k": (4, 8, 16)},)), model=model).start()
+    assert list(Sweep(folder, model=model).runs) == ["k4", "k8", "k16"]
+
+
+def test_a_run_that_diverges_keeps_no_other_from_being_trained(
+    model: LanguageModel, base: TrainConfig, tmp_path: Path
+) -> None:
+    """Two groups; in each the run at the absurd rate is stopped and the other finished, measured and plotted."""
+    grid = {"learning_rate": (0.001, 1e6), "order_seed": (0, 1)}
+    sweep = Sweep(tmp_path / "sweep", SweepConfig(base, grids=(grid,)), model=model)
+    sweep.start()
+    with pytest.raises(Diverged) as error:
+        sweep.train()
+    healthy = {name for name, run in sweep.runs.items() if run.config.learning_rate == 0.001}
+    assert {folder.name for folder in error.value.folders} == set(sweep.runs) - healthy
+    assert all(name in str(error.value) for name in set(sweep.runs) - healthy)
+    assert set(sweep.saes()) == healthy
+    assert len(healthy) == len(sweep.groups) == 2
+    assert set(sweep.evaluate()) == healthy
+    assert set(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]) == healthy
 
 
 @pytest.mark.parametrize("exponent", [-0.7, -1.5, -3.0])

@@ -25,13 +25,13 @@ class Arguments:
     """Train many sparse autoencoders on one stream of activations, measure and compare them.
 
     sae sweep --out runs/sweep --grid architecture=topk,batch_topk k=16,32,64 --grid architecture=relu
-    sparsity-weight=2,5,10 trains nine. The same command continues an interrupted sweep.
+    sparsity-weight=2,5,10 trains nine. The same command, or --out alone, continues an interrupted sweep.
     """
 
     out: Path
     """The sweep's folder; every run is a folder in it."""
     file: Positional[Path | None] = None
-    """A TOML file as sweep.toml in the folder of a sweep: a run's settings, [[grid]] and [[run]] tables."""
+    """A TOML file of a run's settings, [[grid]] and [[run]] tables; without --grid, the folder's own sweep.toml."""
     grid: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """FIELD=VALUE,VALUE,… [FIELD=…]: all combinations are trained; may be given several times."""
     find: str | None = None
@@ -52,8 +52,11 @@ def main(arguments: Sequence[str]) -> None:
         _find(given, arguments)
         return
     config = SweepConfig(given.train)
-    if given.file is not None:
-        config = SweepConfig.read(given.file)
+    file = given.file
+    if file is None and not given.grid and (given.out / SWEEP_FILE).is_file():
+        file = given.out / SWEEP_FILE
+    if file is not None:
+        config = SweepConfig.read(file)
         # Flags change what the file says.
         given = parse(Arguments, "sweep", arguments, default=replace(given, train=config.base))
         config = replace(config, base=given.train)
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     from app.cli.report import print_sweep
     from app.cli.terminal import console, stage
     from features.sweep import PARETO, Sweep
+    from sae.log import Diverged
 
     view = TrainingView()
     sweep = Sweep(given.out, config, keep_activations=given.keep_activations, progress=view.progress)
@@ -75,14 +79,23 @@ def main(arguments: Sequence[str]) -> None:
     _announce(sweep)
     for note in sweep.notes:
         console.print(f"  {note}", soft_wrap=True)
-    sweep.train(lambda names: stage(f"Training {', '.join(names)}"), view.watch)
+    diverged: Diverged | None = None
+    try:
+        sweep.train(lambda names: stage(f"Training {', '.join(names)}"), view.watch)
+    except Diverged as error:
+        if not sweep.saes():
+            raise
+        diverged = error  # said at the end, after what the others came to
     stage("Evaluating on the test split")
-    print_sweep(sweep.evaluate())
+    evaluations = sweep.evaluate()
+    print_sweep(evaluations)
     console.print(
         f"\nThe plot is {given.out / PARETO}, the settings {given.out / SWEEP_FILE}. Next: sae index"
-        f" {given.out}/{next(iter(sweep.runs))}",
+        f" {given.out}/{next(iter(evaluations))}",
         soft_wrap=True,
     )
+    if diverged is not None:
+        raise diverged
 
 
 def _find(given: Arguments, arguments: Sequence[str]) -> None:
