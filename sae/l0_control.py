@@ -132,7 +132,7 @@ class BiasControl(Control):
         if self.config.target_l0 is None:
             return moment.state
         mesh, state = mesh_in_force(), moment.state
-        own = torch.stack([firings.sum().to(excess.dtype), excess.sum()]).float() / n
+        own = torch.stack([firings.sum().to(excess.dtype), excess.sum()]) / n
         l0, total = mesh.mean_over_data(mesh.sum_over_features(own))
         off = _off(l0, self._target(moment.done))
         mean = torch.where(l0 > 0, total / l0, state["excess"])
