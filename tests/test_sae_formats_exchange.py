@@ -152,7 +152,8 @@ def test_ours_come_back(data: st.DataObject, seed: int) -> None:
     version = {"sae_lens_version": "6.54.12"} if to == "saelens" else {}
     assert again.metadata == {**sae.metadata, **version}
     # Only dictionary_learning has classes whose encoder reads another input than ours.
-    folds = to == "dictionary_learning" and (architecture == "jumprelu") != sae.config.transcoder
+    uncentred = architecture == "jumprelu" and "constant" not in words
+    folds = to == "dictionary_learning" and uncentred != sae.config.transcoder
     for name, tensor in sae.weights.tensors().items():
         if folds and name in ("b_enc", "b_mag"):
             close(again.weights.tensors()[name], tensor, 1e-5)
@@ -177,6 +178,22 @@ def test_folding_a_bias_is_undone_to_a_rounding(gated: bool, scale: float, seed:
     reads_x = x @ weights.encoder_rows.double().t() + weights.b_enc.double()
     reads_centred = (x - weights.b_dec.double()) @ weights.encoder_rows.double().t() + folded.b_enc.double()
     close(reads_centred, reads_x, 1e-5)
+
+
+@pytest.mark.parametrize(("said", "k"), [({}, 32), ({"k": 20}, 20), ({"k": 12.6}, 13)])
+def test_one_threshold_is_written_as_batch_topk(said: dict[str, float], k: int, tmp_path: Path) -> None:
+    """What BatchTopK and Matryoshka leave: nothing is folded, so every tensor comes back bit by bit."""
+    sae = random_sae("jumprelu", "constant")
+    sae.metadata.update(said)
+    WRITERS["dictionary_learning"](sae, tmp_path / "sae")
+    trainer = json.loads((tmp_path / "sae" / "config.json").read_text())["trainer"]
+    assert (trainer["dict_class"], trainer["k"]) == ("BatchTopKSAE", k)
+    state = tensors_in(tmp_path / "sae")
+    assert torch.equal(state["k"], torch.tensor(k, dtype=torch.int32))
+    assert torch.equal(state["encoder.bias"], sae.b_enc)
+    again = load(tmp_path / "sae")
+    assert again.hash == sae.hash
+    assert again.metadata == sae.metadata
 
 
 # ---- what the formats cannot hold

@@ -284,6 +284,14 @@ def test_a_push_that_fails(error: Exception, sentence: str, hub: Hub, run: Path)
     assert hub.uploaded == {}
 
 
+@pytest.mark.parametrize("name", ["bad name!", "a/b/c", ""])
+def test_the_name_of_a_repository_is_looked_at_first(name: str, hub: Hub, tmp_path: Path) -> None:
+    hub.error = LocalTokenNotFoundError("none")
+    with pytest.raises(InputError) as caught:
+        push(tmp_path / "nothing here", name)
+    assert str(caught.value) == f"{name!r} is no name for a repository: give org/name."
+
+
 # ---- the verbs
 
 

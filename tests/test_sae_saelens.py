@@ -267,7 +267,9 @@ def test_unknown_normalisation(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("key", "value"), [("d_in", None), ("d_sae", "many"), ("k", None), ("k", [2])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("d_in", None), ("d_sae", "many"), ("k", None), ("k", [2]), ("k", 2.7)]
+)
 def test_sizes_missing(folder: Path, key: str, value: object) -> None:
     change(folder, **{key: value})
     assert refused(folder) == f"{folder / 'cfg.json'} lacks a whole number for d_in, d_sae or k."

@@ -10,6 +10,9 @@ How its classes compute, and what becomes of them here (``dictionary.py``, ``tra
     GatedAutoEncoder        gate and magnitude of x − decoder_bias                 gated
     JumpReluAutoEncoder     W_enc x + b above a threshold per feature              jumprelu, bias folded
 
+Written is the class that an SAE was read as, else the plainest that computes the same: of ``jumprelu`` SAEs with one
+threshold for all features (what BatchTopK and Matryoshka leave) that is BatchTopKSAE, whose input is centred like ours.
+
 Two classes do not take the decoder's bias off their input: it is folded into the encoder's on reading and out of it
 on writing, which gives that bias back to within one rounding of float32; everything else comes back bit by bit.
 What was trained with the buffer's ``io`` "in_and_out" is a transcoder, and its class's bias is folded likewise. The
@@ -143,7 +146,9 @@ def write_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> None:
     tensors = {
         key: _turned(getattr(weights, ours.removesuffix(".T")), ours) for key, ours in kind.tensors.items()
     }
-    scalars = dict(origin.get("scalars") or {}) | ({"k": sae.config.k} if name == "AutoEncoderTopK" else {})
+    scalars = {"k": _k(sae), **(origin.get("scalars") or {})}
+    if name == "AutoEncoderTopK":
+        scalars["k"] = sae.config.k
     if kind.architecture == "jumprelu" and kind.scalars:
         assert weights.threshold is not None
         scalars["threshold"] = constant(weights.threshold)
@@ -154,7 +159,7 @@ def write_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> None:
     with new_folder(folder) as temporary:
         write_bytes(temporary / TENSORS, stream.getvalue())
         as_read = origin.get("config") if origin.get("dict_class") == name else None
-        write_json(temporary / CONFIG, as_read or _config_for(sae, name))
+        write_json(temporary / CONFIG, as_read or _config_for(sae, name, scalars))
 
 
 def _class_of(file: Path, content: Mapping[str, Any], named: object) -> str:
@@ -238,11 +243,19 @@ def _written_as(sae: SparseAutoencoder, origin: Mapping[str, Any]) -> str:
     name = origin.get("dict_class")
     kind = _CLASSES.get(str(name))
     threshold = sae.weights.threshold
-    if kind is not None and kind.architecture == sae.config.architecture:
-        one_value = threshold is not None and constant(threshold) is not None
-        if kind.architecture != "jumprelu" or not kind.scalars or one_value:
-            return str(name)
+    one_value = threshold is not None and constant(threshold) is not None
+    same = kind is not None and kind.architecture == sae.config.architecture
+    if kind is not None and same and (kind.architecture != "jumprelu" or not kind.scalars or one_value):
+        return str(name)
+    if one_value and not sae.config.transcoder:
+        return "BatchTopKSAE"
     return _WRITTEN_AS[sae.config.architecture]
+
+
+def _k(sae: SparseAutoencoder) -> int:
+    """The k of a BatchTopKSAE, which only training uses: that of the metadata, else the default."""
+    k = sae.metadata.get("k")
+    return max(1, round(k)) if isinstance(k, int | float) and math.isfinite(k) else SAEConfig.k
 
 
 def _hooks(trainer: Mapping[str, Any], transcoder: bool) -> tuple[str | None, str | None]:
@@ -266,13 +279,13 @@ def _config_beside(file: Path) -> dict[str, Any]:
     return as_table(read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else {}
 
 
-def _config_for(sae: SparseAutoencoder, name: str) -> dict[str, Any]:
+def _config_for(sae: SparseAutoencoder, name: str, scalars: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as the library's trainers write it, as far as it is known, and our metadata."""
     trainer = {
         "dict_class": name,
         "activation_dim": sae.d_in,
         "dict_size": sae.d_sae,
-        **({"k": sae.config.k} if name == "AutoEncoderTopK" else {}),
+        **({"k": scalars["k"]} if "k" in _CLASSES[name].scalars else {}),
         "device": "cpu",
         "layer": _layer(sae),
         "lm_name": sae.metadata.get("model_name"),

@@ -111,8 +111,10 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
         the address of its page.
 
     Raises:
-        InputError: there is no SAE to read, nobody is logged in, or the hub cannot be reached or refuses.
+        InputError: ``repository`` is no name for one, there is no SAE to read, nobody is logged in, or the hub cannot
+            be reached or refuses.
     """
+    _check_name(repository)
     run = RunFolder(Path(folder))
     sae = SparseAutoencoder.load(folder)
     evaluation: dict[str, Any] = read_json(run.evaluation) if run.evaluation.is_file() else {}
@@ -125,9 +127,19 @@ def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
         return _upload(staged, repository, private)
 
 
+def _check_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise InputError(f"{repository!r} is no name for a repository: give org/name.") from None
+
+
 def _upload(folder: Path, repository: str, private: bool) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -135,8 +147,6 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
             raise TimeoutError(f"no answer within {SECONDS:g} seconds")
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="SAE")
-    except HFValidationError:
-        raise InputError(f"{repository} is no name for a repository: give org/name.") from None
     except LocalTokenNotFoundError:
         raise InputError(
             "Nobody is logged in to the Hugging Face hub here: run 'hf auth login' first."

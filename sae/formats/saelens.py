@@ -136,6 +136,8 @@ def read_saelens(folder: Path, content: dict[str, Any] | None = None) -> SparseA
     in_training = base in ("batchtopk", "matryoshka_batchtopk")
     if in_training:
         metadata.setdefault("training_architecture", base)
+        if "k" in config:
+            metadata.setdefault("k", config["k"])  # the mean number of features, so that it need not be whole
         _one_threshold(content, sae_config.d_sae)
     elif base == "jumprelu" and isinstance(content.get("log_threshold"), Tensor):  # in training, before 6.48
         content["threshold"] = content.pop("log_threshold").float().exp()
@@ -184,9 +186,9 @@ def _structure(
     """Our configuration, and the shapes of the tensors it promises."""
     topk = base == "topk"
     try:
-        d_in, d_sae = int(config["d_in"]), int(config["d_sae"])
-        d_out = int(config["d_out"]) if transcoder else d_in
-        k = int(config["k"]) if topk else SAEConfig.k
+        d_in, d_sae = _whole(config["d_in"]), _whole(config["d_sae"])
+        d_out = _whole(config["d_out"]) if transcoder else d_in
+        k = _whole(config["k"]) if topk else SAEConfig.k
     except (KeyError, TypeError, ValueError, OverflowError):
         names = ["d_in", "d_sae", *(["d_out"] if transcoder else []), *(["k"] if topk else [])]
         raise InputError(f"{path} lacks a whole number for {', '.join(names[:-1])} or {names[-1]}.") from None
@@ -207,6 +209,13 @@ def _structure(
     if skip:
         shapes["W_skip"] = (d_out, d_in)
     return sae_config, shapes
+
+
+def _whole(value: Any) -> int:
+    """A whole number; ValueError, TypeError or OverflowError if it is none."""
+    if int(value) != float(value):
+        raise ValueError(value)
+    return int(value)
 
 
 def _weights(tensors: dict[str, Tensor]) -> Weights:
