@@ -4,10 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from command import Command
 from tiny_models import random_ids, tiny_hf_model, tiny_tokenizer
 
 from activations.models import LanguageModel
+from sae.architectures.registry import architecture_from
+from sae.config import SAEConfig
+from sae.formats.convert import convert
+from sae.model import SparseAutoencoder
 
 
 @pytest.fixture
@@ -91,4 +96,29 @@ def test_a_model_that_cannot_be_loaded_as_asked(tmp_path: Path, sae: Command) ->
     )
     assert sae.refused("info", folder, "--device", "cpu") == (
         "--device, --dtype and --no-bridge go with --model, not with a folder."
+    )
+
+
+def test_an_sae_of_any_format_is_described(tmp_path: Path, sae: Command) -> None:
+    """In our format, in another's, and as the file of its weights."""
+    config = SAEConfig(d_sae=24, k=3)
+    weights = architecture_from(config).initial_weights(8, 8, torch.Generator().manual_seed(0))
+    metadata = {"model_name": "gpt2", "hook_name": "blocks.1.hook_resid_post", "corpus": {"text": "x" * 200}}
+    SparseAutoencoder(config, weights, metadata).save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", "dictionary_learning")
+    for place in (tmp_path / "ours", tmp_path / "theirs", tmp_path / "theirs" / "ae.pt"):
+        rows = cells(sae("info", place))
+        assert rows["SAE"] == ["topk, 24 features, k 3"]
+        assert rows["widths"] == ["8 → 8"]
+        assert rows["hook"] == ["blocks.1.hook_resid_post"]
+        assert rows["model_name"] == ["gpt2"]
+    assert len(rows["corpus"][0]) == 81
+    assert sae.refused("info", tmp_path) == f"{tmp_path} is not a run: it has no run.toml."
+
+
+def test_what_cannot_be_read_is_said_with_its_path(tmp_path: Path, sae: Command) -> None:
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "file" / "run"
+    assert sae.refused("train", "--out", run, "--tokens", "2000", "--d-sae", "64").endswith(
+        "cannot be used: Not a directory."
     )

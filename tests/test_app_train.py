@@ -40,6 +40,14 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path: Path, texts: 
     assert not (tmp_path / "run").exists()
 
 
+def test_tokens_that_fill_no_batch_are_said(tmp_path: Path, texts: Path, sae: Command) -> None:
+    words = ("train", "--text", texts, "--hook-name", "blocks.0.hook_resid_post", "--d-sae", "64")
+    printed = sae(*words, "--out", tmp_path / "run", "--tokens", "5000", "--batch-tokens", "2000")
+    assert "Steps are whole batches of 2,000 tokens: the last 1,000 are left out." in printed
+    printed = sae(*words, "--out", tmp_path / "other", "--tokens", "4040", "--batch-tokens", "2000")
+    assert "left out" not in printed
+
+
 def test_terminated_it_saves_and_the_same_command_continues(
     tmp_path: Path, texts: Path, sae: Command
 ) -> None:

@@ -18,7 +18,7 @@ VERBS = {
     "explore": "browse, label and steer features in the web browser",
     "convert": "an SAE from elsewhere into our format, or ours into another's",
     "push": "upload an SAE to the Hugging Face hub",
-    "info": "what a run holds, or where a model can be read",
+    "info": "what a run, a sweep, a store or an SAE holds, or where a model can be read",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
@@ -66,9 +66,13 @@ def main() -> None:
     except OSError as error:
         from activations.files import is_disk_full
 
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            sentence = "The disk is full: free some space and run the same command again."
+        elif error.filename is not None and error.strerror is not None:
+            sentence = f"{error.filename} cannot be used: {error.strerror}."
+        else:
             raise
-        print("sae: The disk is full: free some space and run the same command again.", file=sys.stderr)
+        print(f"sae: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)

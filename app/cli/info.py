@@ -1,5 +1,6 @@
-"""``sae info``: what a run, a sweep or a store holds, or which hooks a model has."""
+"""``sae info``: what a run, a sweep, a store or an SAE from anywhere holds, or which hooks a model has."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from activations.errors import InputError
-from activations.files import MANIFEST
+from activations.files import MANIFEST, read_json
 from app.cli.arguments import parse
 from sae.sweep import SWEEP_FILE
 
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
     from activations.models import LanguageModel
     from sae.evaluate import Evaluation
 
+SHOWN = 80  # characters of a value of an SAE's metadata
+
 
 @dataclass(frozen=True)
 class Arguments:
-    """Say what a run, a sweep or a store of activations holds, or where a model can be read."""
+    """Say what a run, a sweep, a store of activations or an SAE holds, or where a model can be read."""
 
     folder: Positional[Path | None] = None
-    """A run, a sweep, or a store of activations."""
+    """A run, a sweep, a store of activations, or an SAE of any format that is read, on disk or as hf:org/name."""
     model: str | None = None
     """A model: builtin, a local Hugging Face folder, or a hub name."""
     device: str | None = None
@@ -38,17 +41,60 @@ def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "info", arguments)
     if (given.folder is None) == (given.model is None):
-        raise InputError("sae info takes the folder of a run or a store, or --model NAME, one of the two.")
+        raise InputError(
+            "sae info takes the folder of a run, a store or an SAE, or --model NAME, one of the two."
+        )
     if given.folder is not None and (given.device or given.dtype or not given.bridge):
         raise InputError("--device, --dtype and --no-bridge go with --model, not with a folder.")
     if given.model is not None:
         _describe_model(given.model, given.device, given.dtype, given.bridge)
-    elif given.folder is not None and (given.folder / MANIFEST).is_file():
-        _describe_store(given.folder)
-    elif given.folder is not None and (given.folder / SWEEP_FILE).is_file():
-        _describe_sweep(given.folder)
     elif given.folder is not None:
-        _describe_run(given.folder)
+        _describe_folder(given.folder)
+
+
+def _describe_folder(path: Path) -> None:
+    """Whichever of the kinds it is; what is none of them is refused as no run."""
+    from activations.store import KIND
+    from sae.formats.detect import holds_sae
+    from sae.run import RunFolder
+
+    if (path / SWEEP_FILE).is_file():
+        _describe_sweep(path)
+    elif (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("kind") == KIND:
+        _describe_store(path)
+    elif not RunFolder(path).config.is_file() and holds_sae(path):
+        _describe_sae(path)
+    elif (path / MANIFEST).is_file():
+        _describe_store(path)
+    else:
+        _describe_run(path)
+
+
+def _describe_sae(path: Path) -> None:
+    """An SAE that lies in no run: its shape, where it belongs, and what its files say besides."""
+    from app.cli.terminal import table
+    from sae.formats.origin import ORIGIN
+    from sae.model import SparseAutoencoder
+
+    sae = SparseAutoencoder.load(path)
+    facts = {key: value for key, value in sae.metadata.items() if value is not None}
+    origin = facts.pop(ORIGIN, None)
+    hooks = [facts.pop(name) for name in ("hook_name", "hook_name_out") if name in facts]
+    k = f", k {sae.config.k}" if sae.config.heeds("k") else ""
+    rows = [
+        ["SAE", f"{sae.config.architecture}, {sae.d_sae:,} features{k}"],
+        ["widths", f"{sae.d_in:,} → {sae.d_out:,}"],
+        ["hook", " → ".join(map(str, hooks)) or "not said"],
+        *([["format", origin["format"]]] if isinstance(origin, dict) else []),
+        *([name, _in_short(value)] for name, value in facts.items()),
+    ]
+    table(["", ""], rows)
+
+
+def _in_short(value: object) -> str:
+    """A value of the metadata in one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _describe_model(name: str, device: str | None, dtype: str | None, with_bridge: bool) -> None:

@@ -74,6 +74,13 @@ def _announce(pipeline: "Pipeline") -> None:
         console.print(
             f"  A copy in training order takes up to {taken / 1e6:,.1f} MB beside the store.", soft_wrap=True
         )
+    batch = config.resolved_batch_tokens()
+    left_out = config.tokens_read() % batch
+    if left_out > 0.01 * config.tokens_read():
+        console.print(
+            f"  Steps are whole batches of {batch:,} tokens: the last {left_out:,} are left out.",
+            soft_wrap=True,
+        )
     for note in pipeline.corpus.notes:
         console.print(f"  {note}", soft_wrap=True)
     available = pipeline.train_blocks.n_tokens if store is None else store.n_kept
