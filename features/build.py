@@ -8,6 +8,7 @@ made, and memory does not grow with the text, except for the (feature, token) pa
 import io
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def build_index(
     """
     folder = Path(folder)
     _check_belongs(model, sae, blocks, activations)
-    max_norm = sae.exclusion(model.tokenizer).max_norm
+    bounds = {hook_name: rule.max_norm for hook_name, rule in sae.exclusions(model.tokenizer).items()}
+    max_norm, max_norm_out = (
+        bound if np.isfinite(bound) else None for bound in (bounds[sae.hook_name], bounds[sae.hook_out])
+    )
     described = {
         "sae_hash": sae.hash,
         "architecture": sae.config.architecture,
@@ -76,7 +80,8 @@ def build_index(
         "tokenizer_hash": model.tokenizer.hash,
         "blocks_hash": blocks.hash,
         "hook_name": sae.hook_name,
-        "max_norm": max_norm if np.isfinite(max_norm) else None,
+        "max_norm": max_norm,
+        **({"hook_name_out": sae.hook_out, "max_norm_out": max_norm_out} if sae.config.transcoder else {}),
         **(inputs or {}),
     }
     if is_finished(folder, KIND, described):
@@ -84,8 +89,9 @@ def build_index(
     _check_replaceable(folder)
     vocabulary = model.tokenizer.vocabulary()
     accumulators = _Accumulators(sae.d_sae, len(vocabulary), blocks)
-    with progress("index", total=blocks.ids.size, unit="tokens") as step:
-        for firings, n_blocks in stream_firings(model, sae, blocks, activations):
+    stream = stream_firings(model, sae, blocks, activations)
+    with progress("index", total=blocks.ids.size, unit="tokens") as step, closing(stream):
+        for firings, n_blocks in stream:
             accumulators.add(firings)
             step(n_blocks * blocks.context_length)
     if accumulators.n_positions == 0:

@@ -4,7 +4,7 @@ A pass over a corpus yields one :class:`Firings` after another: the sparse codes
 positions, grouped by feature. Nothing is ever dense in features.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import BlockRanges, blocks_per_batch, capture_blocks, kept_positions
+from activations.capture import BlockRanges, blocks_per_batch, capture_blocks, capture_range, kept_at_all
 from activations.errors import InputError
 from activations.models import LanguageModel
 from activations.store import HookActivations
@@ -118,11 +118,12 @@ def stream_firings(
     sae: SparseAutoencoder,
     blocks: TokenBlocks,
     store: HookActivations | None = None,
-) -> Iterator[tuple[Firings, int]]:
+) -> Generator[tuple[Firings, int], None, None]:
     """The firings of ``sae`` on ``blocks``, in order; positions that training excludes are left out.
 
     Args:
-        store: holds the activations of these blocks (it may hold more); ``model`` computes them when None.
+        store: holds the activations of these blocks (it may hold more); ``model`` computes them when None. Those at a
+            transcoder's other hook, whose norms exclude positions too, are from the same store if it has them.
 
     Yields:
         firings, and how many blocks have been read since the last ones.
@@ -148,23 +149,34 @@ def _kept_activations(
     model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Positions that count, int64 [n], ascending, and their activations [n, d_in], a few blocks at a time."""
-    exclusion = sae.exclusion(model.tokenizer)
-    for start, x in _activations(model, sae.hook_name, blocks, store):
-        counts = kept_positions(blocks, start, start + len(x), x, exclusion)
+    exclusions = {
+        hook_name: rule
+        for hook_name, rule in sae.exclusions(model.tokenizer).items()
+        if hook_name == sae.hook_name
+        or rule.max_norm < float("inf")  # without a bound, both exclude the same
+    }
+    for start, found in _activations(model, list(exclusions), blocks, store):
+        x = found[sae.hook_name]
+        counts = kept_at_all(blocks, start, start + len(x), found, exclusions).to(x.device)
         kept = np.flatnonzero(counts.cpu().numpy()) + start * blocks.context_length
         if len(kept):
             yield kept, x[counts]
 
 
 def _activations(
-    model: LanguageModel, hook_name: str, blocks: TokenBlocks, store: HookActivations | None
-) -> Iterator[tuple[int, Tensor]]:
+    model: LanguageModel, hook_names: list[str], blocks: TokenBlocks, store: HookActivations | None
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """First block and activations by hook name, a few blocks at a time; what the store lacks is computed."""
     if store is None:
-        for start, captured in capture_blocks(model, blocks, [hook_name]):
-            yield start, captured[hook_name]
-    else:
-        for start, stop in BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
-            yield start, store.read(start, stop)
+        yield from capture_blocks(model, blocks, hook_names)
+        return
+    held = [name for name in hook_names if name in store.store.hook_names]
+    missing = [name for name in hook_names if name not in held]
+    for start, stop in BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
+        found = {name: store.store.at(name).read(start, stop) for name in held}
+        if missing:
+            found |= capture_range(model, blocks, missing, (start, stop))
+        yield start, found
 
 
 def _grouped(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -12,6 +12,7 @@ firing. (Many published scores look only at the strongest activations, where eve
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,8 +117,9 @@ def count_predictions(
     counters = [_Counter(p, blocks.ids, sae.d_sae, model.tokenizer.vocab_size) for p in predicates]
     fired = np.zeros(sae.d_sae, dtype=np.int64)
     n_positions = 0
-    with progress("score labels", total=blocks.ids.size, unit="tokens") as step:
-        for firings, n_blocks in stream_firings(model, sae, blocks):
+    stream = stream_firings(model, sae, blocks)
+    with progress("score labels", total=blocks.ids.size, unit="tokens") as step, closing(stream):
+        for firings, n_blocks in stream:
             fired += np.bincount(firings.feature, minlength=sae.d_sae)
             n_positions += len(firings.kept)
             for counter in counters:

@@ -1,5 +1,6 @@
 """Which features fire where in a text that somebody pastes."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +84,14 @@ def trace_text(model: LanguageModel, sae: SparseAutoencoder, text: str) -> Trace
     context = min(int(sae.metadata.get("context_size") or model.context_length), model.context_length) - len(
         bos
     )
-    exclusion = sae.exclusion(model.tokenizer)
+    exclusions = sae.exclusions(model.tokenizer)
     parts = []
     for start in range(0, len(ids), context):
         window = torch.tensor([bos + ids[start : start + context]])
-        x = model.capture(window, [sae.hook_name])[sae.hook_name]
-        parts.append(encode_kept(sae, x[0, len(bos) :], exclusion.kept(window, x)[0, len(bos) :]))
+        found = model.capture(window, list(exclusions))
+        x = found[sae.hook_name]
+        kept = [rule.kept(window, found[hook_name]).to(x.device) for hook_name, rule in exclusions.items()]
+        parts.append(encode_kept(sae, x[0, len(bos) :], torch.stack(kept).all(0)[0, len(bos) :]))
     return Trace(model.tokenizer.pieces(ids), ids, SparseCodes.concatenate(parts))
 
 
@@ -107,9 +110,10 @@ def mean_norm(model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks)
     """Mean norm of the activations where the SAE writes, over ``blocks``; excluded positions left out."""
     exclusions = sae.exclusions(model.tokenizer)
     total, n = 0.0, 0
-    for start, captured in capture_blocks(model, blocks, list(exclusions)):
-        y = captured[sae.hook_out]
-        kept = kept_at_all(blocks, start, start + len(y), captured, exclusions)
-        norms = y.float().norm(dim=-1)[kept.to(y.device)]
-        total, n = total + float(norms.double().sum()), n + len(norms)
+    with closing(capture_blocks(model, blocks, list(exclusions))) as batches:
+        for start, captured in batches:
+            y = captured[sae.hook_out]
+            kept = kept_at_all(blocks, start, start + len(y), captured, exclusions)
+            norms = y.float().norm(dim=-1)[kept.to(y.device)]
+            total, n = total + float(norms.double().sum()), n + len(norms)
     return total / max(n, 1)

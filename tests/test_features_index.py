@@ -29,7 +29,9 @@ from features.examples import EXAMPLE, UNUSED, blank_examples, quantile_bands, s
 from features.index import Example, FeatureIndex
 from features.layout import N_BANDS, PER_BAND, TOP_EXAMPLES, WINDOW, WINDOW_BEFORE
 from features.lens import decoder_neighbours, logit_lens
+from features.score import count_predictions
 from features.statistics import HISTOGRAM_EDGES, N_BINS, histogram_bin
+from features.trace import trace_text
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.model import SparseAutoencoder
@@ -38,6 +40,7 @@ D_IN = 8
 D_SAE = 48
 CONTEXT = 40
 HOOK = "blocks.0.hook_resid_post"
+WRITTEN = "blocks.1.hook_mlp_out"
 OUTLIERS = (40, 41, 42)  # tokens whose activations are 100 times the usual
 MAX_NORM = 60.0
 
@@ -433,6 +436,62 @@ def test_from_a_store(tmp_path: Path) -> None:
         " store of that hook."
     )
     assert not (tmp_path / "x").exists()
+
+
+class TwoHookModel(LookupModel):
+    """Beside HOOK, a hook whose activations are outliers at some tokens that are none at HOOK."""
+
+    outliers = torch.tensor([5, 6, 7])
+
+    def computes_before(self, hook_name: str, other: str) -> bool:
+        return True
+
+    def capture(self, ids: Tensor, hook_names: list[str], attention_mask: Any = None) -> dict[str, Tensor]:
+        found = super().capture(ids, hook_names, attention_mask)
+        y = torch.ones(*ids.shape, D_IN)
+        y[torch.isin(ids, self.outliers)] = 99.0
+        return {name: x if name == HOOK else y for name, x in found.items()}
+
+
+def make_transcoder(max_norm_out: float | None) -> SparseAutoencoder:
+    sae = make_sae(hook_name_out=WRITTEN, max_norm_out=max_norm_out)
+    return SparseAutoencoder(replace(sae.config, transcoder=True), sae.weights, sae.metadata)
+
+
+@pytest.mark.parametrize("source", ["live", "a store of both hooks", "a store of one hook"])
+def test_a_transcoder_leaves_out_outliers_where_it_writes(source: str, tmp_path: Path) -> None:
+    """Index, label scores and traces alike; with both in a store, the model does not run."""
+    model: Any = TwoHookModel()
+    blocks = make_blocks(20)
+    hooks = [HOOK, WRITTEN] if source == "a store of both hooks" else [HOOK]
+    store = None if source == "live" else write_store(model, blocks, hooks, tmp_path / "store").at(HOOK)
+    if source == "a store of both hooks":
+        model.capture = None
+    index = build_index(model, make_transcoder(50.0), blocks, tmp_path / "bounded", activations=store)
+    everywhere = build_index(model, make_transcoder(None), blocks, tmp_path / "all", activations=store)
+    left_out = int(np.isin(blocks.ids, model.outliers.numpy()).sum())
+    assert 0 < left_out == everywhere.n_tokens - index.n_tokens
+    for token in model.outliers.tolist():
+        assert everywhere._arrays["vocabulary_count"][token] > 0 == index._arrays["vocabulary_count"][token]
+    told = {name: index.manifest["inputs"][name] for name in ("max_norm", "hook_name_out", "max_norm_out")}
+    assert told == {"max_norm": MAX_NORM, "hook_name_out": WRITTEN, "max_norm_out": 50.0}
+    assert everywhere.manifest["inputs"]["max_norm_out"] is None
+
+
+def test_scores_and_traces_of_a_transcoder_leave_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = TwoHookModel()
+    blocks, sae = make_blocks(20), make_transcoder(50.0)
+    outlying = np.isin(blocks.ids, model.outliers.numpy())
+    counts = count_predictions(model, sae, blocks, [])
+    assert counts.n_positions == count_predictions(
+        model, make_transcoder(None), blocks, []
+    ).n_positions - int(outlying.sum())
+    ids = [9, 5, 10, 7, 11]
+    monkeypatch.setattr(type(model.tokenizer), "encode", lambda self, text: ids)
+    model.context_length = CONTEXT
+    fired = trace_text(model, sae, "text").codes.to_dense().any(1)
+    assert fired.tolist() == [True, False, True, False, True]
+    assert trace_text(model, make_transcoder(None), "text").codes.to_dense().any(1).all()
 
 
 def test_the_text_of_the_index_comes_back(tmp_path: Path) -> None:
