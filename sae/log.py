@@ -23,7 +23,7 @@ from sae.run import RunFolder
 from sae.sinks import Sink
 from sae.trainer import Trainer
 
-DIVERGED_MSE = 4.0  # times the mean squared norm of what is reconstructed; an SAE that is 0 everywhere has 1
+DIVERGED_MSE = 4.0  # times the mean squared norm of what is reconstructed, and rising; an SAE that is 0 has 1
 DIVERGED_AFTER = 0.1  # of the run: a fresh SAE may begin with a large error
 
 
@@ -116,7 +116,7 @@ class MetricsLog:
         """Write the line that is on its way, if there is one.
 
         Raises:
-            Diverged: its loss is not a number, or the error is far larger than what was to be reconstructed.
+            Diverged: its loss is not a number, or the error is several times what was to be reconstructed, and rises.
         """
         if self._coming is None:
             return
@@ -145,7 +145,9 @@ class MetricsLog:
     def _refuse_divergence(self, values: dict[str, Any], power: float, facts: dict[str, Any]) -> None:
         late = facts["step"] > DIVERGED_AFTER * facts["n_steps"]
         finite = all(math.isfinite(value) for value in values.values())
-        if finite and not (late and values["mse"] > DIVERGED_MSE * power):
+        # A dense beginning may still be on its way down.
+        rising = bool(self._last) and values["explained_variance"] < self._last["explained_variance"]
+        if finite and not (late and rising and values["mse"] > DIVERGED_MSE * power):
             return
         before = (
             f"; a line before they were {self._last['loss']:.4g} and {self._last['gradient_norm']:.4g}"

@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -571,24 +572,23 @@ def test_several_runs_that_explode_are_named_in_one_sentence(tmp_path: Path) -> 
     assert set(error.value.folders) == {run.folder for run in runs}
 
 
-@pytest.mark.parametrize(("factor", "diverged"), [(0.0, False), (2.5, True)])
-def test_an_error_of_several_times_the_power_is_divergence(
-    tmp_path: Path, factor: float, diverged: bool
+@pytest.mark.parametrize(
+    ("errors", "diverged"),
+    [((1.0, 1.0, 1.0), False), ((0.5, 0.3, 3.9), False), ((60.0, 30.0, 5.0), False), ((0.5, 0.3, 4.1), True)],
+    ids=["an SAE that is 0", "worse", "a dense beginning", "exploded"],
+)
+def test_an_error_of_several_times_the_power_that_rises_is_divergence(
+    tmp_path: Path, errors: tuple[float, ...], diverged: bool
 ) -> None:
-    """An SAE that gives 0 has an error of the power itself, and goes on; one that gives −2.5 times x has 12 of it."""
-    run = Run(config("relu", steps=20), tmp_path)
-    trainer = Trainer(run.config, moments(PlantedBatches(1)))
+    """Errors of three lines as parts of the power."""
+    trainer = Trainer(config("relu", steps=20), moments(PlantedBatches(1)))
     log = MetricsLog(RunFolder(tmp_path), 0)
-    trainer.steps_done = 10
-    x = torch.randn(64, D_IN, generator=generator())
-    error = (x + factor * x).square().sum(1).mean()
-    loss = Loss(error, {"mse": error}, torch.zeros(()), torch.zeros(D_SAE), {})
-    log.add(loss, x.square().sum(1).mean(), len(x))
-    log.close_line(trainer, {})
-    if diverged:
-        with pytest.raises(Diverged):
-            log.flush()
-    else:
+    for step, error in enumerate(errors, 10):
+        trainer.steps_done = step
+        mse = torch.tensor(7 * error)
+        log.add(Loss(mse, {"mse": mse}, torch.zeros(()), torch.zeros(D_SAE)), torch.tensor(7.0), 64)
+        log.close_line(trainer, {})
+    with pytest.raises(Diverged) if diverged else nullcontext():
         log.flush()
 
 
