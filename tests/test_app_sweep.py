@@ -65,6 +65,8 @@ def test_a_sweep_from_a_file_which_flags_change(tmp_path: Path, texts: Path, sae
     )
     printed = sae("sweep", path, "--out", tmp_path / "sweep", "--tokens", "10000", "--dry-run")
     assert "2 SAEs on 10,000 tokens" in printed
+    more = sae("sweep", path, "--out", tmp_path / "sweep", "--grid", "k=16", "--dry-run")
+    assert "3 SAEs on 1,000,000 tokens" in more
 
 
 def test_the_folder_alone_goes_on_and_what_diverged_is_said_at_the_end(

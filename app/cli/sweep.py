@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     if file is not None:
         config = SweepConfig.read(file)
         # Flags change what the file says.
-        given = parse(Arguments, "sweep", arguments, default=replace(given, train=config.base))
+        given = parse(Arguments, "sweep", arguments, default=replace(given, train=config.base, grid=()))
         config = replace(config, base=given.train)
     config = replace(config, grids=(*config.grids, *map(grid_from_words, given.grid)))
     config.expand()  # refuses settings that cannot work before anything heavy is imported
