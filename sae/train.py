@@ -19,7 +19,7 @@ from activations.errors import InputError
 from activations.files import is_finished, write_manifest
 from activations.progress import Progress, silent
 from sae.checkpoint import Checkpoint, checkpoint_folders, newest_checkpoint, write_checkpoint
-from sae.config import TrainConfig
+from sae.config import THRESHOLDED, TrainConfig
 from sae.differences import refuse_other
 from sae.held_out import held_out_metrics
 from sae.interrupt import Interruptions
@@ -348,7 +348,13 @@ class _Training:
             "dead": int(trainer.dead.mask().sum()),
             "dead_window_tokens": trainer.dead.window,
         }
-        sae = trainer.folded({**self.run.metadata, **facts})
+        said = self.run.config.sae
+        trained = (
+            {"training_architecture": said.architecture, "k": said.k}
+            if said.architecture in THRESHOLDED
+            else {}
+        )
+        sae = trainer.folded({**self.run.metadata, **facts, **trained})
         if not self._writes:
             return
         sae.save(self.folder.sae)

@@ -600,6 +600,9 @@ def test_learns_planted_directions(name: str, tmp_path: Path) -> None:
     again = SparseAutoencoder.load(tmp_path / "sae")
     assert sae.config.architecture == again.config.architecture
     assert again.config.architecture == ("topk" if name == "topk" else "jumprelu")
+    if name != "topk":
+        told = again.metadata["training_architecture"], again.metadata["k"]
+        assert told == (config.sae.architecture, config.sae.k)
     close(again(x), sae(x))
 
 
