@@ -111,7 +111,9 @@ class SparseEntries(Entries):
             return gathered_dots(rows, decoder, self.pattern), None
         found = torch.empty_like(self.pre)
         sums = self.pre.new_zeros(2, d_sae)
-        step = max(16, tile_rows(d_sae, rows.element_size()) // 4)  # a few tensors of this size are there at once
+        step = max(
+            16, tile_rows(d_sae, rows.element_size()) // 4
+        )  # a few tensors of this size are there at once
         for start in range(0, n, step):
             tile = rows[start : start + step]
             pattern, span = self.pattern.slice(start, start + len(tile))
