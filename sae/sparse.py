@@ -26,6 +26,9 @@ from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
+_BLOCK_WIDTH = (
+    4096  # features: tiles of so many columns are high enough for the product to run at its full rate
+)
 _RUNS, _LATER_RUNS = 8, 4
 _COLUMN = 0xFFFFFFFF  # the part of a key that holds the column
 
@@ -80,21 +83,25 @@ def map_tiles(
     """
     d_sae, device, kind = len(encoder_rows), centred.device, narrow() or centred.dtype
     weights, bias = encoder_rows.detach().to(kind).t(), encoder_bias.detach().to(kind)
+    on_cpu = device.type == "cpu"
 
     @torch.no_grad()  # which holds in one thread only
     def one(part: Tensor) -> T:
+        if on_cpu:  # here the bias costs less than in the product, which would first fill the tile with it
+            part.add_(bias)
         if kind != centred.dtype and not takes_narrow:
             part = _buffer("widened", part.shape, centred.dtype, device).copy_(part)
         return work(part)
 
     results: list[T] = []
     for rows in centred.to(kind).split(tile_rows(d_sae, kind.itemsize, device.type)):
-        tile = torch.addmm(bias, rows, weights, out=_buffer("tile", (len(rows), d_sae), kind, device))
+        tile = _buffer("tile", (len(rows), d_sae), kind, device)
+        tile = torch.mm(rows, weights, out=tile) if on_cpu else torch.addmm(bias, rows, weights, out=tile)
         results += share(one, tile.split(max(16, math.ceil(len(rows) / n_workers(device)))), device)
     return results
 
 
-def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_of_tile(tile: Tensor, k: int, *, relu: bool = False) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row, exactly, by a tournament.
 
     View a row as 8 runs of equal length and take the maximum across the runs (which vectorises). The k largest
@@ -104,49 +111,65 @@ def topk_of_tile(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         tile: ``[rows, width]``.
+        relu: negative entries will be clipped at 0, so that any of them may be chosen where too few are positive.
 
     Returns:
-        values ``[rows, k]`` and int64 indices ``[rows, k]``, in no particular order; all entries if there are fewer.
+        values ``[rows, k]`` and integer indices ``[rows, k]``, in no particular order; all entries if there are fewer.
     """
     k = min(k, tile.shape[1])
     if tile.device.type != "cpu" or tile.dtype != torch.float32:
         return tile.topk(k, dim=1, sorted=False)
-    keys = _tournament(tile, k, _RUNS)
-    return _ordered(keys.bitwise_right_shift(32).int()).view(torch.float32), keys & _COLUMN
+    halves = _halves(_tournament(tile, k, _RUNS, relu))
+    bits = halves[..., 1].contiguous()
+    return (bits if relu else _ordered(bits)).view(torch.float32), halves[..., 0].contiguous()
 
 
-def _tournament(tile: Tensor, k: int, runs: int) -> Tensor:
+def _tournament(tile: Tensor, k: int, runs: int, relu: bool) -> Tensor:
     """Keys of the k largest entries of each row ``[rows, k]``; valid until the next call in this thread."""
     rows, width = tile.shape
     if width % runs or width <= 2 * _RUNS * k:
-        return _largest(_keys(tile, torch.arange(width, dtype=torch.int32)), k)
+        return _largest(_keys(tile, _count_up(width, 1), relu), k)
     length = width // runs
     tile = tile.view(rows, runs, length)
     maxima = torch.amax(tile, dim=1, out=_buffer(f"maxima {length}", (rows, length), tile.dtype, tile.device))
-    winners = _tournament(maxima, k, _LATER_RUNS) & _COLUMN
-    candidates = tile.gather(2, winners.unsqueeze(1).expand(rows, runs, k))
-    columns = winners.int().unsqueeze(1) + torch.arange(0, width, length, dtype=torch.int32).view(runs, 1)
-    return _largest(_keys(candidates.view(rows, runs * k), columns.view(rows, runs * k)), k)
+    winners = (_tournament(maxima, k, _LATER_RUNS, relu) & _COLUMN).unsqueeze(1)
+    candidates = tile.gather(2, winners.expand(rows, runs, k))
+    columns = winners + _count_up(width, length).view(runs, 1)
+    return _largest(_keys(candidates.view(rows, runs * k), columns.view(rows, runs * k), relu), k)
 
 
-def _keys(values: Tensor, columns: Tensor) -> Tensor:
+def _keys(values: Tensor, columns: Tensor, relu: bool) -> Tensor:
     """Numbers that sort like ``values [rows, width]``: the value in the high half, its column in the low one.
+
+    Args:
+        relu: negative values may come in any order.
 
     Returns:
         int64 ``[rows, width]``; valid until the next call in this thread.
     """
     keys = _buffer("keys", values.shape, torch.int64, values.device)
-    halves = keys.view(torch.int32).view(
-        *values.shape, 2
-    )  # the low half comes first on every machine that runs us
+    halves, bits = _halves(keys), values.view(torch.int32)
     halves[..., 0] = columns
-    halves[..., 1] = _ordered(values.view(torch.int32))
+    halves[..., 1] = bits if relu else _ordered(bits)
     return keys
 
 
+def _halves(keys: Tensor) -> Tensor:
+    """Both halves ``[rows, width, 2]``, int32; the low one comes first on every machine that runs us."""
+    return keys.view(torch.int32).view(*keys.shape, 2)
+
+
 def _ordered(bits: Tensor) -> Tensor:
-    """The bits of float32 numbers as int32 numbers in the same order, and back: it is its own inverse."""
+    """The bits of float32 numbers as int32 numbers in the same order, and back: it is its own inverse.
+
+    Those of numbers that are not negative are in order as they are.
+    """
     return bits.bitwise_right_shift(31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+
+
+@lru_cache(maxsize=64)
+def _count_up(stop: int, step: int) -> Tensor:
+    return torch.arange(0, stop, step, dtype=torch.int32)
 
 
 def _largest(keys: Tensor, k: int) -> Tensor:
@@ -169,18 +192,47 @@ def encode_topk(
     Returns:
         values ``[n, k]`` and int32 indices ``[n, k]``; all entries if there are fewer.
     """
-    k = min(k, len(encoder_rows))
-    kernels = selecting() or TORCH
-    parts = map_tiles(
-        lambda tile: kernels.topk(tile, k),
-        centred,
-        encoder_rows,
-        encoder_bias,
-        takes_narrow=centred.device.type != "cpu" or kernels is not TORCH,
-    )
-    values = torch.cat([tile_values for tile_values, _ in parts]).to(centred.dtype)
-    indices = torch.cat([tile_indices.int() for _, tile_indices in parts])
+    k, kernels = min(k, len(encoder_rows)), selecting() or TORCH
+    on_cpu = centred.device.type == "cpu"
+    width = _block_width(len(encoder_rows)) if on_cpu else len(encoder_rows)
+    found = []
+    for start, (rows, bias) in zip(
+        range(0, len(encoder_rows), width),
+        zip(encoder_rows.split(width), encoder_bias.split(width), strict=True),
+        strict=True,
+    ):
+        parts = map_tiles(
+            lambda tile: kernels.topk(tile, k, relu),
+            centred,
+            rows,
+            bias,
+            takes_narrow=not on_cpu or kernels is not TORCH,
+        )
+        values = torch.cat([tile_values for tile_values, _ in parts]).to(centred.dtype)
+        found.append((values, torch.cat([tile_indices.int() for _, tile_indices in parts]).add_(start)))
+    values, indices = found[0] if len(found) == 1 else _best_of(found, k, relu)
     return (values.relu_() if relu else values), indices
+
+
+def _block_width(d_sae: int) -> int:
+    """Into how wide blocks of features selection divides a dictionary on a CPU: evenly, near ``_BLOCK_WIDTH``."""
+    n_blocks = max(round(d_sae / _BLOCK_WIDTH), 1)
+    return 64 * math.ceil(d_sae / n_blocks / 64)
+
+
+def _best_of(found: list[tuple[Tensor, Tensor]], k: int, relu: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of each row from those of every block of features."""
+    values, indices = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+
+    @torch.no_grad()
+    def one(rows: slice) -> tuple[Tensor, Tensor]:
+        best, places = topk_of_tile(values[rows], k, relu=relu)
+        return best, indices[rows].gather(1, places.long())
+
+    step = max(16, math.ceil(len(values) / n_workers(values.device)))
+    parts = share(one, [slice(start, start + step) for start in range(0, len(values), step)], values.device)
+    best_values, best_indices = (torch.cat(results) for results in zip(*parts, strict=True))
+    return best_values, best_indices
 
 
 class _Encode(torch.autograd.Function):
@@ -248,6 +300,7 @@ class _SquaredError(torch.autograd.Function):
         ctx.save_for_backward(values, error, d_values)
         ctx.pattern, ctx.factor = pattern, 2 / len(goal)
         ctx.mark_non_differentiable(error)
+        ctx.set_materialize_grads(False)  # no zeros [n, d_out] in the place of the error's gradient
         return torch.linalg.vector_norm(error).square() / len(goal), error
 
     @staticmethod
@@ -289,8 +342,8 @@ def gathered_dots(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
 class _TorchKernels:
     """The sparse part of a step in PyTorch's operators, on any device."""
 
-    def topk(self, tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return topk_of_tile(tile, k)
+    def topk(self, tile: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+        return topk_of_tile(tile, k, relu=relu)
 
     def gather_sum(self, values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
         return _gather_sum(values, pattern, table)

@@ -52,6 +52,7 @@ class TopK(Selecting):
 
 def _largest(codes: SparseCodes, k: int) -> SparseCodes:
     """The k largest entries of each row of codes in the fixed layout, with their gradients."""
-    _, places = topk_of_tile(codes.values.detach(), k)
+    _, places = topk_of_tile(codes.values.detach(), k, relu=True)
+    places = places.long()
     indices = codes.indices.gather(1, places)
     return winning(SparseCodes(Pattern(codes.d_sae, indices), codes.values.gather(1, places)), k)

@@ -38,8 +38,11 @@ _product: ContextVar[ProductName] = ContextVar("product", default="float32")
 class Kernels(Protocol):
     """The operations that make up the sparse part of a step; shapes as in :mod:`sae.sparse`."""
 
-    def topk(self, tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values and indices ``[rows, k]`` of the k largest entries of every row of ``tile [rows, d_sae]``."""
+    def topk(self, tile: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
+        """Values and indices ``[rows, k]`` of the k largest entries of every row of ``tile [rows, d_sae]``.
+
+        With ``relu`` it does not matter which of the negative entries are chosen.
+        """
 
     def gather_sum(self, values: Tensor, pattern: Pattern, table: Tensor) -> Tensor:
         """``Σ_j values[r, j] · table[indices[r, j]]`` for every row r: ``[n, d]``."""

@@ -19,7 +19,7 @@ class TritonKernels:
 
     rows: torch.dtype | None = None
 
-    def topk(self, tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, tile: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
         """See :func:`sae.kernels.selection.topk`; what that does not take is left to ``torch.topk``."""
         k = min(k, tile.shape[1])
         if selection.supported(tile, k):
