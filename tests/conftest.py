@@ -1,6 +1,7 @@
 """Options and settings that all tests share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ import torch
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the tests keep in the cache goes with them."""
     os.environ["SAESCOPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch computes on two threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

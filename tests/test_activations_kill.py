@@ -1,7 +1,6 @@
 """Captures that are killed, at any moment, and resumed; and captures shared by two processes."""
 
 import os
-import random
 import shutil
 import signal
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import Resumable, ended, forked, kill_at
 from store_helpers import CONTEXT, HOOK, SECOND_HOOK, contents, make_blocks
 from tiny_models import tiny_hf_model, tiny_language_model, tiny_tokenizer
 
@@ -47,28 +47,8 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SHARD_BYTES", 8 * BATCH_BLOCKS * CONTEXT * ROW_BYTES)
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process, which imports nothing anew; its process id."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return process
-
-
-def ended(process: int) -> int:
-    """Wait for a process; the signal that killed it, or 0 when it ended well."""
-    status = os.waitpid(process, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
 @dataclass(frozen=True)
-class Capture:
+class Capture(Resumable):
     """A store of ``n_blocks`` blocks, ``shard_batches`` batches a shard, captured on ``threads`` threads.
 
     Each fsync takes ``fsync_seconds`` longer than it does.
@@ -104,12 +84,6 @@ class Capture:
         files_module.os.fsync = slow  # type: ignore[assignment]
         write_store(self.model, blocks, [HOOK, SECOND_HOOK], folder)
 
-    def whole(self, folder: Path) -> tuple[dict[str, bytes], float]:
-        """The files of an uninterrupted capture, and how long a forked process takes for them."""
-        begun = time.perf_counter()
-        assert ended(forked(lambda: self(folder, folder.with_name("record-whole")))) == 0
-        return contents(folder), time.perf_counter() - begun
-
     def captured_twice(self, first: Path, second: Path) -> int:
         """How many shards were captured whole before the kill, and whole again after it."""
 
@@ -135,20 +109,6 @@ class Capture:
         assert not list(folder.glob(".*.*"))
         assert self.captured_twice(before, after) <= 1
 
-    def killed_at_random(self, folder: Path, times: int) -> int:
-        """Kill it ``times`` times at random moments, resume each time; how often it was not done yet."""
-        whole, seconds = self.whole(folder / "whole")
-        generator = random.Random(times)
-        killed = 0
-        for number in range(times):
-            store, record = folder / f"{number}", folder / f"record-{number}"
-            process = forked(lambda store=store, record=record: self(store, record))  # type: ignore[misc]
-            time.sleep(generator.random() * seconds)
-            os.kill(process, signal.SIGKILL)
-            killed += ended(process) == signal.SIGKILL
-            self.resume(store, record, whole)
-        return killed
-
 
 def test_killed_at_eight_random_moments(model: LanguageModel, tmp_path: Path) -> None:
     assert Capture(model).killed_at_random(tmp_path, times=8) >= 4
@@ -165,31 +125,6 @@ def test_however_many_threads_run_ahead_one_shard_is_repeated(
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(model: LanguageModel, tmp_path: Path) -> None:
     assert Capture(model).killed_at_random(tmp_path, times=50) >= 25
-
-
-def kill_at(call: str, number: int) -> None:
-    """Have this process kill itself in the given one of its writes, fsyncs or renames.
-
-    In a write when half of it is done; before an fsync or rename.
-    """
-    module, name = {
-        "write": (files_module, "_write_all"),
-        "fsync": (files_module.os, "fsync"),
-        "rename": (files_module.os, "replace"),
-    }[call]
-    function, calls = getattr(module, name), 0
-
-    def counted(*args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            if call == "write":
-                first = args[1][0]  # type: ignore[index]
-                args[0].write(first[: len(first) // 2])  # type: ignore[attr-defined]
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
-
-    setattr(module, name, counted)
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])

@@ -1,7 +1,6 @@
 """Trainings that are killed, at any moment, and resumed: they repeat little and end in the same bits."""
 
 import os
-import random
 import signal
 import sys
 import time
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from killing import Resumable, ended, forked, kill_at
 from store_helpers import HOOK, SECOND_HOOK, contents, make_blocks
-from test_activations_kill import ended, forked, kill_at
 from tiny_models import tiny_language_model
 from torch import Tensor
 
@@ -91,7 +90,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Resumable):
     """A training that can be begun again and again, each time in a process of its own."""
 
     config: TrainConfig
@@ -109,12 +108,6 @@ class Training:
         held_out = self.held_out if self.config.hook_out is None else None
         train(Run(self.config, folder), Recorded(self.batches(), record), scaling, held_out=held_out)
 
-    def whole(self, folder: Path) -> tuple[dict[str, bytes], float]:
-        """The files of an uninterrupted training, and how long its process takes."""
-        begun = time.perf_counter()
-        assert ended(forked(lambda: self(folder, folder.with_name("record-whole")))) == 0
-        return contents(folder), time.perf_counter() - begun
-
     def resume(self, folder: Path, before: Path, whole: dict[str, bytes]) -> None:
         """Finish what was killed, and compare; the steps done twice are no more than one interval."""
         after = before.with_name(before.name + "-after")
@@ -123,20 +116,6 @@ class Training:
         assert not [path for path in folder.rglob(".*") if path.is_file()]
         first, second = _numbers(before), _numbers(after)
         assert len(set(first) & set(second)) <= INTERVAL
-
-    def killed_at_random(self, folder: Path, times: int) -> int:
-        """Kill it ``times`` times at random moments, resume each time; how often it was not done yet."""
-        whole, seconds = self.whole(folder / "whole")
-        generator = random.Random(times)
-        killed = 0
-        for number in range(times):
-            run, record = folder / f"{number}", folder / f"record-{number}"
-            process = forked(lambda run=run, record=record: self(run, record))  # type: ignore[misc]
-            time.sleep(generator.random() * seconds)
-            os.kill(process, signal.SIGKILL)
-            killed += ended(process) == signal.SIGKILL
-            self.resume(run, record, whole)
-        return killed
 
 
 def _numbers(record: Path) -> list[int]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae import paying, sparse
 from sae.architectures.base import Architecture, Loss, Moment, Weights
@@ -86,13 +86,6 @@ def layout(request: pytest.FixtureRequest, small_tiles: None, monkeypatch: pytes
         monkeypatch.setattr(paying, "_GATHER_BELOW", 2.0 if request.param == "sparse" else -1.0)
     monkeypatch.setattr(paying, "SPARSE_BELOW", -1.0 if request.param == "dense tiles" else 2.0)
     return str(request.param)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -421,21 +414,6 @@ def test_learns_planted_directions(name: str, extra: dict[str, Any], tmp_path: P
 
 
 # ---- memory and determinism
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operator gave back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("name", NAMES)

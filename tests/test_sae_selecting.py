@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae import batch_select, nested, sparse
 from sae.architectures.base import Architecture, Loss, Moment, Weights
@@ -248,13 +248,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sparse.tile_rows(64) == 16
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -470,21 +463,6 @@ def test_finished_is_a_jumprelu_with_that_threshold(name: str) -> None:
 
 
 # ---- memory and determinism
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operator gave back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "matryoshka"])

@@ -1,12 +1,12 @@
 """The sparse path against the dense formula and its autograd, in float64, to 1e-10."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae import codes, paying, sparse
 from sae.architectures.base import Loss, Moment, Weights
@@ -116,13 +116,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows (the smallest), so that 37 rows are three of them, the last one incomplete."""
     monkeypatch.setattr(sparse, "_TILE_ROWS", 1)
     assert sparse.tile_rows(64) == 16
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -355,23 +348,6 @@ def test_scratch_memory_made_in_inference_mode_serves_outside() -> None:
 
 
 # ---- memory and determinism
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operator gave back, and the operators' names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.operators: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        self.operators.add(func.__name__)
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("architecture", ["topk", "topk with dead features", "relu", "relu in dense tiles"])

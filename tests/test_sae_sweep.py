@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from command import tree
+from killing import forked
 
 from activations.corpus import CorpusConfig
 from activations.errors import InputError
@@ -265,19 +266,6 @@ def test_a_run_of_a_sweep_stands_alone(model: LanguageModel, base: TrainConfig, 
     assert alone.evaluate(sae) == evaluations["k4"]
     assert alone.train_blocks.n_tokens >= 8_000
     assert (tmp_path / "k4" / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == trained
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process, which imports nothing anew; its process id."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return process
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
