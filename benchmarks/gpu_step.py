@@ -18,22 +18,21 @@ Exit status 2 where there is no GPU.
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from peers import CACHE, PEERS, peer_python
+from peers import CACHE, PEERS
 from safetensors.torch import save_file
 from steps import make_batches
 from torch import Tensor
+from worker_process import WorkerProcess
 
 from sae.architectures.base import Moment
 from sae.config import SAEConfig, TrainConfig
@@ -59,37 +58,6 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape(8192, 768, 32_768, 32, 1.8, 2.5), Shape(4096, 2304, 65_536, 64, 1.8, 3.2))
-
-
-class Peer:
-    """Another library in its own process and environment."""
-
-    def __init__(self, name: str) -> None:
-        script = Path(__file__).with_name("gpu_step_worker.py")
-        self.name = name
-        self.process = subprocess.Popen(
-            [str(peer_python(name)), str(script), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Send one command, wait for its answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"The process of {self.name} ended early; what it said stands above.")
-        return dict(json.loads(line))
-
-    def close(self) -> None:
-        """End the process, which gives its memory back."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def product(shape: Shape, batch: Tensor) -> Step:
@@ -189,19 +157,19 @@ def measure(shape: Shape, rounds: int, steps: int) -> dict[str, float]:
         "dense, compiled": dense(shape, device, compiled=True),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    peers = [Peer(name) for name in AT_LEAST if environment_exists(name)]
+    peers = [WorkerProcess(name, "gpu_step_worker.py", name) for name in AT_LEAST if environment_exists(name)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "batches.safetensors"
         save_file({"batches": on_host}, file)
         for peer in peers:
             peer.ask(open=str(file), d_sae=shape.d_sae, k=shape.k)
-            times[peer.name] = []
+            times[peer.peer] = []
     endless = itertools.cycle(batches)
     for _ in range(WARM_UP + rounds):
         for name, step in contestants.items():
             times[name].append(milliseconds(step, endless, steps))
         for peer in peers:
-            times[peer.name].append(peer.ask(steps=steps)["milliseconds"])
+            times[peer.peer].append(peer.ask(steps=steps)["milliseconds"])
     for peer in peers:
         peer.close()
     return {name: statistics.median(found[WARM_UP:]) for name, found in times.items()}

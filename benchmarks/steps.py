@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.config import SELECTING, ArchitectureName, SAEConfig, TrainConfig
+from sae.config import SELECTING, SPARSITY_WEIGHTS, ArchitectureName, SAEConfig, TrainConfig
 from sae.scaling import Scaling
 from sae.trainer import Trainer
 
@@ -47,7 +47,8 @@ def make_trainer(
         settled: architectures that pay for firing (relu, gated, jumprelu) get encoder biases with which d_sae/64
             features fire per token, as late in a run; otherwise they start as they do, with far more.
     """
-    chosen = {"k": shape.k} if architecture in SELECTING else {}
+    selects = architecture in SELECTING
+    chosen = {"k": shape.k} if selects else {"sparsity_weight": SPARSITY_WEIGHTS[architecture]}
     config = TrainConfig(
         tokens=100_000 * shape.n,
         batch_tokens=shape.n,
@@ -56,7 +57,7 @@ def make_trainer(
     )
     config.check()
     trainer = Trainer(config, Scaling(torch.zeros(shape.d_in), 1.0))
-    if settled and not chosen:
+    if settled and not selects:
         with torch.no_grad():
             silence(trainer, batch)
     return trainer

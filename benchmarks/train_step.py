@@ -2,7 +2,8 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--repeats 15] [--threads N] [--architectures topk ...]
 
-Timed in turn, on the same batches, so that a change in the machine's speed meets all alike:
+Timed in turn, on the same batches, so that a change in the machine's speed meets all alike. Each takes two steps in its
+turn, of which the second counts: in training a step follows a step, and finds its own weights in the cache.
 
 * **product**: ``x @ W_enc`` in float32 into a tensor that is there already, whole or in tiles of rows, whichever is
   faster. No SAE can encode with less, so this is the floor.
@@ -19,7 +20,6 @@ which other work on the machine disturbs less. Exit status 1 if a library is mis
 
 import argparse
 import importlib.metadata
-import json
 import statistics
 import subprocess
 import sys
@@ -36,6 +36,7 @@ from peers import PEERS, peer_python
 from safetensors.torch import save_file
 from steps import BATCHES, SHAPES, Shape, make_batches, make_trainer
 from torch import Tensor
+from worker_process import WorkerProcess
 
 from sae.memory import keep_freed_memory
 
@@ -55,42 +56,6 @@ ARCHITECTURES = ("topk", "batch_topk", "matryoshka", *PAYING)
 OURS, BEGINNING = "saescope", "saescope at the start"
 
 Times = tuple[float, float]  # seconds by the clock, and of processor time
-
-
-class Worker:
-    """One library in its own process and environment."""
-
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
-        script = Path(__file__).with_name(WORKERS[peer])
-        self.process = subprocess.Popen(
-            [str(peer_python(peer)), str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Send one command, wait for its answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"The process of {self.peer} ended early; what it said stands above.")
-        return dict(json.loads(line))
-
-    def step(self, batch: int) -> Times:
-        """One training step."""
-        answer = self.ask(step=batch)
-        return answer["seconds"], answer["processor"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def products(shape: Shape, encoder_rows: Tensor) -> dict[str, Callable[[Tensor], None]]:
@@ -129,14 +94,27 @@ def our_steps(
 
 
 def clocked(run: Callable[[Tensor], None], x: Tensor) -> Times:
-    """What one call takes."""
+    """What the second of two calls takes."""
+    run(x)
     started, used = time.perf_counter(), time.process_time()
     run(x)
     return time.perf_counter() - started, time.process_time() - used
 
 
+def clocked_there(worker: WorkerProcess, batch: int) -> Times:
+    """What the second of two steps of another library takes."""
+    worker.ask(step=batch)
+    answer = worker.ask(step=batch)
+    return answer["seconds"], answer["processor"]
+
+
 def measure(
-    shape: Shape, architecture: str, workers: dict[str, Worker], repeats: int, threads: int, dead: float
+    shape: Shape,
+    architecture: str,
+    workers: dict[str, WorkerProcess],
+    repeats: int,
+    threads: int,
+    dead: float,
 ) -> tuple[dict[str, Times], dict[str, dict[str, Any]]]:
     """Medians of every contestant by name, and what each library answered when it was set up."""
     batches = make_batches(shape)
@@ -163,7 +141,7 @@ def measure(
             times[name].append(clocked(run, batches[i % BATCHES]))
         for peer, worker in workers.items():
             time.sleep(PAUSE)
-            times[peer].append(worker.step(i % BATCHES))
+            times[peer].append(clocked_there(worker, i % BATCHES))
     medians = {}
     for name, pairs in times.items():
         clock, processor = zip(*pairs[WARM_UP:], strict=True)
@@ -256,7 +234,7 @@ def main() -> int:
     for architecture in arguments.architectures:
         for i in arguments.shapes:
             limits = TOPK_LIMITS if architecture == "topk" else OTHER_LIMITS
-            workers = {peer: Worker(peer) for peer in limits}
+            workers = {peer: WorkerProcess(peer, WORKERS[peer]) for peer in limits}
             found = measure(
                 SHAPES[i], architecture, workers, arguments.repeats, arguments.threads, arguments.dead
             )

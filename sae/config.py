@@ -29,7 +29,8 @@ THRESHOLDED = (
     "matryoshka",
 )  # a threshold that follows the weights takes the place of k at the end
 LONGEST_ANNEAL = 0.8  # of a run: the threshold has a memory, and must not still hold an earlier k
-SPARSITY_WEIGHTS = {"relu": 5.0, "gated": 1.0, "jumprelu": 0.1}
+SPARSITY_WEIGHTS = {"relu": 5.0, "gated": 1.0, "jumprelu": 0.1}  # where a controller begins
+DEFAULT_L0 = 32.0  # as k is by default, so that architectures compare
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ class SAEConfig:
     level_weights: tuple[float, ...] = ()
     """matryoshka: weights of the levels, d_sae last; equal by default."""
     sparsity_weight: float | None = None
-    """relu, gated, jumprelu: weight λ of the sparsity loss, for inputs scaled to a mean squared norm of d_in."""
+    """relu, gated, jumprelu: weight λ of the sparsity loss, for inputs scaled to a mean squared norm of d_in; without
+    target_l0 it stays, with it a controller begins there."""
     target_l0: float | None = None
-    """relu, gated, jumprelu: L0 to reach and hold; λ is then moved by a controller."""
+    """relu, gated, jumprelu: L0 that a controller reaches and holds; where sparsity_weight is left out too, 32 (at most
+    d_sae/4)."""
     p_end: float = 1.0
     """relu: the penalty's exponent falls from 1 to this over the second half of the run (p-annealing)."""
     bandwidth: float = 2.0
@@ -327,7 +330,7 @@ class TrainConfig:
             raise InputError(f"clip_norm is {self.clip_norm}, and must not be negative.")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}, and must be at least 0 and below 1.")
-        held = self.sae.architecture == "jumprelu" and self.sae.target_l0 is not None
+        held = self.sae.architecture == "jumprelu" and self.resolved_sae().target_l0 is not None
         if self.ema and (held or self.sae.architecture in THRESHOLDED):
             raise InputError(
                 f"ema averages weights, and the threshold of {self.sae.architecture}{' with target_l0' if held else ''}"
@@ -358,8 +361,12 @@ class TrainConfig:
         )
 
     def resolved_sae(self) -> SAEConfig:
-        """``sae``, a transcoder where ``hook_out`` is given."""
-        return self.sae if self.hook_out is None else replace(self.sae, transcoder=True)
+        """``sae``, a transcoder where ``hook_out`` is given, with an L0 to hold where nothing says how sparse to be."""
+        sae = self.sae if self.hook_out is None else replace(self.sae, transcoder=True)
+        unsaid = sae.sparsity_weight is None and sae.target_l0 is None
+        if sae.architecture in SPARSITY_WEIGHTS and unsaid:
+            sae = replace(sae, target_l0=min(DEFAULT_L0, sae.d_sae / 4))
+        return sae
 
     @property
     def hook_names(self) -> tuple[str, ...]:

@@ -88,8 +88,10 @@ class Adam8bit(Optimizer):
         state = self.state[parameter]
         if not state:
             state |= self._fresh(parameter)
-        state["step"] += 1
-        step = int(state["step"])  # on the CPU, as in torch.optim
+        state["step"] = (
+            state["step"].cpu() + 1
+        )  # counts on the CPU, so that reading it never waits for a device
+        step = int(state["step"])
         if parameter.dim() == 1:
             change = self._moved(state["first"], state["second"], gradient, step, group)
             parameter.add_(change)

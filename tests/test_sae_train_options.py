@@ -668,3 +668,21 @@ def test_what_metrics_are_sent_to_must_be_installed(tmp_path: Path, monkeypatch:
         train(run, PlantedBatches(20), moments(PlantedBatches(1)))
     assert str(error.value) == "log_to wandb needs a package that is not installed: pip install wandb"
     assert not (tmp_path / "run").exists()
+
+
+def test_who_pays_for_firing_holds_an_l0_unless_told_otherwise() -> None:
+    """As sparse as TopK by default, so that architectures compare; a weight alone stays what it is."""
+
+    def held(**options: Any) -> float | None:
+        return TrainConfig(sae=SAEConfig(**options)).resolved_sae().target_l0
+
+    assert (
+        held(architecture="relu")
+        == held(architecture="gated")
+        == held(architecture="jumprelu")
+        == SAEConfig().k
+    )
+    assert held(architecture="relu", d_sae=64) == 16
+    assert held(architecture="relu", target_l0=5.0, sparsity_weight=2.0) == 5
+    assert held(architecture="relu", sparsity_weight=2.0) is None
+    assert held() is None
