@@ -196,16 +196,12 @@ def encode_topk(
     on_cpu = centred.device.type == "cpu"
     width = _block_width(len(encoder_rows)) if on_cpu else len(encoder_rows)
     found = []
-    for start, (rows, bias) in zip(
-        range(0, len(encoder_rows), width),
-        zip(encoder_rows.split(width), encoder_bias.split(width), strict=True),
-        strict=True,
-    ):
+    for start in range(0, len(encoder_rows), width):
         parts = map_tiles(
             lambda tile: kernels.topk(tile, k, relu),
             centred,
-            rows,
-            bias,
+            encoder_rows[start : start + width],
+            encoder_bias[start : start + width],
             takes_narrow=not on_cpu or kernels is not TORCH,
         )
         values = torch.cat([tile_values for tile_values, _ in parts]).to(centred.dtype)
@@ -225,12 +221,12 @@ def _best_of(found: list[tuple[Tensor, Tensor]], k: int, relu: bool) -> tuple[Te
     values, indices = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
     @torch.no_grad()
-    def one(rows: slice) -> tuple[Tensor, Tensor]:
-        best, places = topk_of_tile(values[rows], k, relu=relu)
-        return best, indices[rows].gather(1, places.long())
+    def one(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        best, places = topk_of_tile(part[0], k, relu=relu)
+        return best, part[1].gather(1, places.long())
 
     step = max(16, math.ceil(len(values) / n_workers(values.device)))
-    parts = share(one, [slice(start, start + step) for start in range(0, len(values), step)], values.device)
+    parts = share(one, list(zip(values.split(step), indices.split(step), strict=True)), values.device)
     best_values, best_indices = (torch.cat(results) for results in zip(*parts, strict=True))
     return best_values, best_indices
 

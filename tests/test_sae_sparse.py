@@ -339,6 +339,28 @@ def test_tiles_shared_among_threads(n: int, two_threads: None) -> None:
     close(dense_two, dense_one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 1), (301, 4), (37, 100), (20, 600)])
+def test_wide_dictionaries_are_encoded_in_blocks_of_features(
+    n: int, k: int, relu: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    """In whole numbers, where every order of summing gives the same: the k largest of all entries."""
+    monkeypatch.setattr(sparse, "_BLOCK_WIDTH", 128)
+    generator = torch.Generator().manual_seed(n)
+    x, rows = (torch.randint(-4, 5, (m, 16), generator=generator).to(dtype) for m in (n, 600))
+    bias = torch.randint(-9, 10, (600,), generator=generator).to(dtype)
+    values, indices = sparse.encode_topk(x, rows, bias, k, relu=relu)
+    pre = torch.addmm(bias, x, rows.t())
+    expected = pre.topk(k).values
+    assert values.dtype == dtype
+    assert indices.dtype == torch.int32
+    assert all(len(set(row)) == k for row in indices.tolist())
+    assert torch.equal(values.sort(1, descending=True).values, expected.relu() if relu else expected)
+    chosen = pre.gather(1, indices.long())
+    assert torch.equal(chosen.relu() if relu else chosen, values)
+
+
 def test_scratch_memory_made_in_inference_mode_serves_outside() -> None:
     x, rows, bias = torch.randn(300, 16), torch.randn(512, 16), torch.randn(512)
     sparse._workspace.__dict__.clear()
