@@ -139,6 +139,17 @@ def _sums_where(mask: Tensor, dots: Tensor) -> Tensor:
     return torch.stack([number, ones @ chosen.mul_(dots)])
 
 
+def above(pre: Tensor, bound: Tensor | float) -> Tensor:
+    """``pre > bound`` as bool, in the shape of ``pre``; without gradient.
+
+    On a CPU numpy compares, in a quarter of the time that PyTorch takes.
+    """
+    if pre.device.type != "cpu":
+        return pre > bound
+    limit = bound.numpy() if isinstance(bound, Tensor) else bound
+    return torch.from_numpy(np.greater(pre.numpy(), limit))
+
+
 class Rule(ABC):
     """What an architecture does at one entry, for one batch; the factor 1/n of the mean is its business.
 

@@ -24,7 +24,7 @@ from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
 from sae.l0_control import BiasControl
-from sae.paying import DenseTile, Entries, Rule, paid_loss
+from sae.paying import DenseTile, Entries, Rule, above, paid_loss
 from sae.sparse import map_tiles
 
 
@@ -43,7 +43,7 @@ class _GatedRule(Rule):
 
     def fires(self, pre: Tensor) -> Tensor:
         """Where the gate is open."""
-        return pre > 0
+        return above(pre, 0.0)
 
     def codes(self, entries: Entries) -> tuple[Tensor, ...]:
         """f, and relu(π) for the auxiliary reconstruction."""

@@ -35,7 +35,7 @@ from sae.architectures.base import Architecture, Loss, Moment, Weights
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
 from sae.l0_control import ThresholdControl, firing_quantile
-from sae.paying import Entries, Rule, paid_loss
+from sae.paying import Entries, Rule, above, paid_loss
 from sae.sparse import map_tiles
 
 TANH_SCALE = 4.0
@@ -63,11 +63,11 @@ class _JumpReLURule(Rule):
 
     def fires(self, pre: Tensor) -> Tensor:
         """Above the threshold."""
-        return pre > self.threshold
+        return above(pre, self.threshold)
 
     def silent(self, pre: Tensor) -> Tensor:
         """The window's lower half."""
-        return (pre > self.threshold - self.bandwidth / 2) & (pre <= self.threshold)
+        return above(pre, self.threshold - self.bandwidth / 2).logical_xor_(above(pre, self.threshold))
 
     def at_silent(self, numbers: Tensor, from_error: Tensor) -> None:
         """Of the threshold; tanh has slope 1 there."""

@@ -26,7 +26,7 @@ from sae.codes import SparseCodes
 from sae.config import SAEConfig
 from sae.l0_control import BiasControl
 from sae.mesh import mesh_in_force
-from sae.paying import Entries, Rule, paid_loss
+from sae.paying import Entries, Rule, above, paid_loss
 from sae.sparse import encode_relu
 
 OFFSET = 0.01  # δ
@@ -45,7 +45,7 @@ class _ReLURule(Rule):
 
     def fires(self, pre: Tensor) -> Tensor:
         """Where pre-activations are positive."""
-        return pre > 0
+        return above(pre, 0.0)
 
     def codes(self, entries: Entries) -> tuple[Tensor, ...]:
         """The positive pre-activations."""
