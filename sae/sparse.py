@@ -83,11 +83,13 @@ def map_tiles(
     """
     d_sae, device, kind = len(encoder_rows), centred.device, narrow() or centred.dtype
     weights, bias = encoder_rows.detach().to(kind).t(), encoder_bias.detach().to(kind)
-    on_cpu = device.type == "cpu"
+    # On a CPU the bias costs less where a tile is read than in the product, which would first fill the tile with it.
+    # A narrow product would have to be rounded once more.
+    bias_apart = device.type == "cpu" and kind == centred.dtype
 
     @torch.no_grad()  # which holds in one thread only
     def one(part: Tensor) -> T:
-        if on_cpu:  # here the bias costs less than in the product, which would first fill the tile with it
+        if bias_apart:
             part.add_(bias)
         if kind != centred.dtype and not takes_narrow:
             part = _buffer("widened", part.shape, centred.dtype, device).copy_(part)
@@ -96,7 +98,7 @@ def map_tiles(
     results: list[T] = []
     for rows in centred.to(kind).split(tile_rows(d_sae, kind.itemsize, device.type)):
         tile = _buffer("tile", (len(rows), d_sae), kind, device)
-        tile = torch.mm(rows, weights, out=tile) if on_cpu else torch.addmm(bias, rows, weights, out=tile)
+        tile = torch.mm(rows, weights, out=tile) if bias_apart else torch.addmm(bias, rows, weights, out=tile)
         results += share(one, tile.split(max(16, math.ceil(len(rows) / n_workers(device)))), device)
     return results
 
