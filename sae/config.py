@@ -334,7 +334,8 @@ class TrainConfig:
         if self.ema and (held or self.sae.architecture in THRESHOLDED):
             raise InputError(
                 f"ema averages weights, and the threshold of {self.sae.architecture}{' with target_l0' if held else ''}"
-                " is that of the last ones: leave ema out."
+                " is that of the last ones: leave ema out"
+                + (", or give sparsity_weight and no target_l0." if held else ".")
             )
         if self.product != "float32" and self.sae.architecture not in SELECTING:
             raise InputError(

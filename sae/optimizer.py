@@ -88,9 +88,7 @@ class Adam8bit(Optimizer):
         state = self.state[parameter]
         if not state:
             state |= self._fresh(parameter)
-        state["step"] = (
-            state["step"].cpu() + 1
-        )  # counts on the CPU, so that reading it never waits for a device
+        state["step"] = state["step"].cpu() + 1  # on the CPU, where reading it waits for no device
         step = int(state["step"])
         if parameter.dim() == 1:
             change = self._moved(state["first"], state["second"], gradient, step, group)

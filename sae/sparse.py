@@ -26,9 +26,7 @@ from sae.workers import n_workers, share
 
 _TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
-_BLOCK_WIDTH = (
-    4096  # features: tiles of so many columns are high enough for the product to run at its full rate
-)
+_BLOCK_WIDTH = 4096  # features: tiles so wide are high enough for the product to run at its full rate
 _RUNS, _LATER_RUNS = 8, 4
 _COLUMN = 0xFFFFFFFF  # the part of a key that holds the column
 

@@ -479,6 +479,11 @@ def test_presets_choose_what_is_left_open_and_nothing_else() -> None:
         ),
         (
             {"sae": SAEConfig(architecture="jumprelu", target_l0=32.0), "ema": 0.99},
+            "ema averages weights, and the threshold of jumprelu with target_l0 is that of the last ones: leave ema"
+            " out, or give sparsity_weight and no target_l0.",
+        ),
+        (
+            {"sae": SAEConfig(architecture="jumprelu"), "ema": 0.99},  # which holds an L0 by default
             "ema averages weights, and the threshold of jumprelu with target_l0 is that of the last ones",
         ),
         (
