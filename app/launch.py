@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from activations.errors import InputError
 from sae.run import RunFolder, read_run_config
@@ -21,6 +23,13 @@ FIRST_PORT = 8501
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 _EXPLORER = Path(__file__).resolve().parent / "explorer"
+
+
+class Server(NamedTuple):
+    """A Streamlit process that answers."""
+
+    process: subprocess.Popen[str]
+    address: str
 
 
 def launch(run_folder: str | Path, port: int | None = None, browser: bool = True) -> None:
@@ -37,23 +46,20 @@ def launch(run_folder: str | Path, port: int | None = None, browser: bool = True
     """
     folder = Path(run_folder)
     check_explorable(folder)
-    if port is None:
-        port = next_free_port()
-    elif not 1 <= port <= 65535:
+    if port is not None and not 1 <= port <= 65535:
         raise InputError(f"There is no port {port}: name one from 1 to 65535.")
-    elif not _is_free(port):
+    if port is not None and not _is_free(port):
         raise InputError(f"Port {port} is taken: name another, or leave it out to get the next free one.")
-    address = f"http://{HOST}:{port}"
     try:
-        with _terminated_like_interrupted(), served(folder, port) as process:
-            print(f"Explorer of {folder}: {address}  (Ctrl-C ends it)", flush=True)
+        with _terminated_like_interrupted(), served(folder, port) as server:
+            print(f"Explorer of {folder}: {server.address}  (Ctrl-C ends it)", flush=True)
             if browser:
-                webbrowser.open(address)
-            process.wait()
+                webbrowser.open(server.address)
+            status = server.process.wait()
     except KeyboardInterrupt:
         print("\nExplorer closed.")
         return
-    raise InputError(f"The explorer ended by itself, with exit status {process.returncode}; see above.")
+    raise InputError(f"The explorer ended by itself, with exit status {status}; see above.")
 
 
 def check_explorable(folder: Path) -> None:
@@ -83,7 +89,8 @@ def command(run_folder: Path, port: int) -> list[str]:
     """The command line that runs Streamlit.
 
     ``-P`` and absolute paths: modules of our names in the current folder must not be taken for ours. The flags
-    keep Streamlit from asking for an e-mail address, reporting statistics and watching files.
+    keep Streamlit from asking for an e-mail address, reporting statistics and watching files, and let it say its
+    address, which we wait for.
     """
     flags = {
         "server.address": HOST,
@@ -93,6 +100,7 @@ def command(run_folder: Path, port: int) -> list[str]:
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
+        "logger.hideWelcomeMessage": "false",
         "client.toolbarMode": "minimal",
         "theme.base": str(_EXPLORER / "theme.toml"),
     }
@@ -102,18 +110,30 @@ def command(run_folder: Path, port: int) -> list[str]:
 
 
 @contextmanager
-def served(run_folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def served(run_folder: Path, port: int | None = None) -> Iterator[Server]:
     """Streamlit running inside the block, ready to answer; ended with it.
+
+    Args:
+        port: None takes the next free one from 8501, and another if somebody takes that first.
 
     Raises:
         InputError: it does not start.
     """
-    process = subprocess.Popen(command(run_folder, port), stdout=subprocess.DEVNULL, env=_environment())
-    try:
-        _wait_until_ready(process, port)
-        yield process
-    finally:
-        _end(process)
+    with ExitStack() as at_the_end:
+        server = None
+        while server is None:
+            chosen = next_free_port() if port is None else port
+            process = subprocess.Popen(
+                command(run_folder, chosen), stdout=subprocess.PIPE, text=True, env=_environment()
+            )
+            at_the_end.callback(_end, process)
+            if _gets_ready(process, chosen):
+                server = Server(process, f"http://{HOST}:{chosen}")
+            elif port is not None or _is_free(chosen):
+                raise InputError(
+                    f"Streamlit ended at its start, with exit status {process.returncode}; see above."
+                )
+        yield server
 
 
 def _environment() -> dict[str, str]:
@@ -121,15 +141,29 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("STREAMLIT_")}
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+def _gets_ready(process: subprocess.Popen[str], port: int) -> bool:
+    """Wait until Streamlit answers; False if it ended.
+
+    It must have said its address, too: what answers on the port may be another program that took it first.
+
+    Raises:
+        InputError: it takes too long.
+    """
+    named = threading.Event()
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if f"{HOST}:{port}" in line:
+                named.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise InputError(
-                f"Streamlit ended at its start, with exit status {process.returncode}; see above."
-            )
-        if _answers(port):
-            return
+            return False
+        if named.is_set() and _answers(port):
+            return True
         time.sleep(0.1)
     raise InputError(f"Streamlit did not answer on port {port} within {START_SECONDS:.0f} seconds.")
 
@@ -145,7 +179,7 @@ def _answers(port: int) -> bool:
         connection.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """Let Streamlit close; after Ctrl-C the terminal has told it already."""
     for ask in (process.terminate, process.kill):
         if process.poll() is not None:

@@ -42,9 +42,8 @@ def run(run_folder: Path) -> Run:
 @pytest.fixture(scope="session")
 def root(run_folder: Path) -> Iterator[str]:
     """Address of an explorer that serves the run."""
-    port = launch.next_free_port()
-    with launch.served(run_folder, port):
-        yield f"http://{launch.HOST}:{port}/"
+    with launch.served(run_folder) as server:
+        yield f"{server.address}/"
 
 
 @pytest.fixture(scope="session")
