@@ -124,7 +124,11 @@ def served(run_folder: Path, port: int | None = None) -> Iterator[Server]:
         while server is None:
             chosen = next_free_port() if port is None else port
             process = subprocess.Popen(
-                command(run_folder, chosen), stdout=subprocess.PIPE, text=True, env=_environment()
+                command(run_folder, chosen),
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",  # whatever it prints: the pipe must be read to its end
+                env=_environment(),
             )
             at_the_end.callback(_end, process)
             if _gets_ready(process, chosen):
@@ -153,9 +157,10 @@ def _gets_ready(process: subprocess.Popen[str], port: int) -> bool:
 
     def listen() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if f"{HOST}:{port}" in line:
-                named.set()
+        with process.stdout as lines:
+            for line in lines:
+                if f"{HOST}:{port}" in line:
+                    named.set()
 
     threading.Thread(target=listen, daemon=True).start()
     deadline = time.monotonic() + START_SECONDS
