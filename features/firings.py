@@ -7,17 +7,26 @@ positions, grouped by feature. Nothing is ever dense in features.
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import BlockRanges, blocks_per_batch, capture_blocks, capture_range, kept_at_all
+from activations.capture import (
+    BlockRanges,
+    blocks_per_batch,
+    capture_range,
+    capture_ranges,
+    counted_positions,
+    kept_at_all,
+)
 from activations.errors import InputError
+from activations.exclusion import norms
 from activations.models import LanguageModel
 from activations.store import HookActivations
+from features.groups import group_starts
 from features.layout import QUANTA, WINDOW, WINDOW_BEFORE
 from sae.codes import SparseCodes
 from sae.model import SparseAutoencoder
@@ -25,7 +34,14 @@ from sae.model import SparseAutoencoder
 ENCODE_POSITIONS = 8_192
 """Positions that are encoded at once: bounds the memory of their activations."""
 CHUNK_FIRINGS = 1 << 20
-"""Firings that are sorted at once: with fewer, more time goes into merging what was kept before."""
+FIRINGS_PER_FEATURE = 64
+"""Firings that are sorted at once, and at least so many for each feature: with fewer, more time goes into merging what was
+kept before."""
+
+OUTLIER_FACTOR = 10
+"""Norms above so many times the median make no example, where the SAE sets no bound of its own."""
+
+_NONE = np.zeros(0, dtype=np.int64)
 
 T = TypeVar("T")
 
@@ -38,18 +54,35 @@ class Firings:
         feature: int64 ``[m]``.
         position: int64 ``[m]``, block · context_length + place in the block.
         value: float32 ``[m]``, the activations, all positive.
+        order: int64 ``[m]``, where each entry stood among the codes, which are in the order of positions.
         kept: int64 ``[n]``, the positions that count, ascending, whether anything fired there or not.
         context_length: positions per block.
+        special, outlier: int64, the features that fire at positions that are left out as special tokens or for their
+            norm; each once for every such position.
+        barred: int64, ascending: positions that count, since the SAE was trained on them, but would make no telling
+            example: special tokens, and norms above ten times the median.
     """
 
     feature: np.ndarray
     position: np.ndarray
     value: np.ndarray
+    order: np.ndarray
     kept: np.ndarray
     context_length: int
+    special: np.ndarray
+    outlier: np.ndarray
+    barred: np.ndarray
 
     @classmethod
-    def of(cls, codes: SparseCodes, kept: np.ndarray, context_length: int) -> "Firings":
+    def of(
+        cls,
+        codes: SparseCodes,
+        kept: np.ndarray,
+        context_length: int,
+        special: np.ndarray = _NONE,
+        outlier: np.ndarray = _NONE,
+        barred: np.ndarray = _NONE,
+    ) -> "Firings":
         """Group ``codes`` of n rows by feature; ``kept`` int64 ``[n]`` is the position of each row.
 
         Raises:
@@ -59,49 +92,71 @@ class Firings:
         if len(values) and values.min() < 0:
             raise InputError("This SAE has negative activations; an index is made of positive ones only.")
         # (feature, entry) in one word: sorting words is several times as fast as a stable argsort.
-        packed = np.sort(features << 32 | np.arange(len(features)))
+        packed = features << 32
+        packed |= np.arange(len(features))
+        packed.sort()
         order = packed & 0xFFFFFFFF
+        packed >>= 32
         value = values[order].astype(np.float32, copy=False)
-        return cls(packed >> 32, kept[rows[order]], value, kept, context_length)
+        return cls(packed, kept[rows[order]], value, order, kept, context_length, special, outlier, barred)
 
-    def windows(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the same feature does around some of the firings, within their blocks.
+    @cached_property
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """The features that fire, ascending, and where the firings of each begin: int64 ``[g]`` each."""
+        starts = group_starts(self.feature)
+        return self.feature[starts], starts
+
+    def windows(self, feature: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a feature does around some positions of these blocks, within their block.
 
         Args:
-            chosen: int64 ``[c]``, which of the m firings.
+            feature, position: int64 ``[c]``, pairs.
 
         Returns:
             uint8 ``[c, WINDOW]``: activations from ``position - WINDOW_BEFORE`` on, in units of
             scale / QUANTA, at least 1 where the feature fires; float32 ``[c]``: the scale, each window's
             largest activation.
         """
-        position = self.position[chosen]
         block = position - position % self.context_length
         window_start = position - WINDOW_BEFORE
         begin = np.maximum(window_start, block)
         end = np.minimum(window_start + WINDOW, block + self.context_length)
-        # A window is a contiguous run of the sorted firings, and never empty: it holds the firing itself.
-        keys, base = self._keys, self.feature[chosen] * self._span
-        run_start = np.searchsorted(keys, base + begin - self._first)
-        lengths = np.searchsorted(keys, base + end - self._first) - run_start
+        base = feature * self._span - self._first
+        run_start = np.searchsorted(self._keys, base + begin)
+        lengths = np.searchsorted(self._keys, base + end) - run_start
         offsets = lengths.cumsum() - lengths
-        row = np.repeat(np.arange(len(chosen)), lengths)
+        row = np.repeat(np.arange(len(feature)), lengths)
         entry = np.arange(len(row)) + (run_start - offsets)[row]
         value = self.value[entry]
-        scale = np.maximum.reduceat(value, offsets) if len(chosen) else np.zeros(0, dtype=np.float32)
-        windows = np.zeros((len(chosen), WINDOW), dtype=np.uint8)
-        quanta = np.rint(value * (np.float32(QUANTA) / scale)[row])
+        scale = np.zeros(len(feature), dtype=np.float32)
+        filled = lengths > 0
+        if filled.any():
+            scale[filled] = np.maximum.reduceat(value, offsets[filled])
+        windows = np.zeros((len(feature), WINDOW), dtype=np.uint8)
+        quanta = np.rint(value * (np.float32(QUANTA) / scale[row]))
         windows[row, self.position[entry] - window_start[row]] = quanta.clip(1, QUANTA)
         return windows, scale
+
+    def fires(self, feature: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Whether a feature fires at a position of these blocks: bool ``[c]``, of int64 ``[c]`` pairs."""
+        if not len(self.feature):
+            return np.zeros(len(feature), dtype=bool)
+        key = feature * self._span + position - self._first
+        place = np.searchsorted(self._keys, key).clip(max=len(self._keys) - 1)
+        return self._keys[place] == key
 
     @property
     def _first(self) -> int:
         """The first position of the first block."""
+        if not len(self.kept):
+            return 0
         return int(self.kept[0]) // self.context_length * self.context_length
 
     @property
     def _span(self) -> int:
         """Number of positions from the first block to the last."""
+        if not len(self.kept):
+            return self.context_length
         return (int(self.kept[-1]) // self.context_length + 1) * self.context_length - self._first
 
     @cached_property
@@ -118,65 +173,142 @@ def stream_firings(
     sae: SparseAutoencoder,
     blocks: TokenBlocks,
     store: HookActivations | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Generator[tuple[Firings, int], None, None]:
     """The firings of ``sae`` on ``blocks``, in order; positions that training excludes are left out.
 
     Args:
         store: holds the activations of these blocks (it may hold more); ``model`` computes them when None. Those at a
             transcoder's other hook, whose norms exclude positions too, are from the same store if it has them.
+        start, stop: the range of blocks that is read; all by default.
 
     Yields:
-        firings, and how many blocks have been read since the last ones.
+        firings, and how many blocks have been read since the last ones. A stream that starts where these end yields
+        what this one would yield next.
     """
-    activations = _kept_activations(model, sae, blocks, store)
-    codes = (
-        (
-            np.concatenate([kept for kept, _ in group]),
-            sae.encode(torch.cat([x for _, x in group]).to(sae.b_dec)),
+    stop = blocks.n_blocks if stop is None else stop
+    enough = max(CHUNK_FIRINGS, FIRINGS_PER_FEATURE * sae.d_sae)
+    encoded = (
+        _Encoded.of(sae, group)
+        for group in _grouped(
+            _rows(model, sae, blocks, store, start, stop), ENCODE_POSITIONS, lambda rows: len(rows.kept)
         )
-        for group in _grouped(activations, ENCODE_POSITIONS, lambda item: len(item[0]))
     )
-    done = 0
-    for group in _grouped(codes, CHUNK_FIRINGS, lambda item: item[1].nnz):
-        kept = np.concatenate([kept for kept, _ in group])
-        firings = Firings.of(SparseCodes.concatenate([c for _, c in group]), kept, blocks.context_length)
-        reached = int(kept[-1]) // blocks.context_length + 1
-        yield firings, reached - done
-        done = reached
+    done = start
+    for group in _grouped(encoded, enough, lambda part: part.codes.nnz):
+        firings = Firings.of(
+            SparseCodes.concatenate([part.codes for part in group]),
+            np.concatenate([part.kept for part in group]),
+            blocks.context_length,
+            np.concatenate([part.special for part in group]),
+            np.concatenate([part.outlier for part in group]),
+            np.concatenate([part.barred for part in group]),
+        )
+        yield firings, group[-1].reached - done
+        done = group[-1].reached
 
 
-def _kept_activations(
-    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Positions that count, int64 [n], ascending, and their activations [n, d_in], a few blocks at a time."""
+class _Rows(NamedTuple):
+    """Activations of a few blocks: kept int64 ``[n]``, the positions that count, which of them make no example, and
+    theirs ``[n, d_in]``; those of special tokens and of outliers; and the block that comes next."""
+
+    kept: np.ndarray
+    barred: np.ndarray
+    x: Tensor
+    special: Tensor
+    outlier: Tensor
+    reached: int
+
+
+class _Encoded(NamedTuple):
+    """Codes of the positions that count; features that fire at the others; the block that comes next."""
+
+    kept: np.ndarray
+    codes: SparseCodes
+    special: np.ndarray
+    outlier: np.ndarray
+    barred: np.ndarray
+    reached: int
+
+    @classmethod
+    def of(cls, sae: SparseAutoencoder, group: list[_Rows]) -> "_Encoded":
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts).to(sae.b_dec)
+
+        def features(parts: list[Tensor]) -> np.ndarray:
+            x = joined(parts)
+            found: np.ndarray = sae.encode(x).entries()[1].cpu().numpy() if len(x) else _NONE
+            return found
+
+        return cls(
+            np.concatenate([rows.kept for rows in group]),
+            sae.encode(joined([rows.x for rows in group])),
+            features([rows.special for rows in group]),
+            features([rows.outlier for rows in group]),
+            np.concatenate([rows.barred for rows in group]),
+            group[-1].reached,
+        )
+
+
+def _rows(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    blocks: TokenBlocks,
+    store: HookActivations | None,
+    start: int,
+    stop: int,
+) -> Iterator[_Rows]:
     exclusions = {
         hook_name: rule
         for hook_name, rule in sae.exclusions(model.tokenizer).items()
         if hook_name == sae.hook_name
         or rule.max_norm < float("inf")  # without a bound, both exclude the same
     }
-    for start, found in _activations(model, list(exclusions), blocks, store):
+    rule = exclusions[sae.hook_name]
+    all_special, exclude_special = sorted(model.tokenizer.special_ids), bool(rule.special_ids)
+    bounded = rule.max_norm < float("inf")
+    for first, found in _activations(model, list(exclusions), blocks, store, start, stop):
         x = found[sae.hook_name]
-        counts = kept_at_all(blocks, start, start + len(x), found, exclusions).to(x.device)
-        kept = np.flatnonzero(counts.cpu().numpy()) + start * blocks.context_length
-        if len(kept):
-            yield kept, x[counts]
+        last = first + len(x)
+        counts = kept_at_all(blocks, first, last, found, exclusions).to(x.device)
+        kept = np.flatnonzero(counts.cpu().numpy()) + first * blocks.context_length
+        left_out = counted_positions(blocks, first, last).to(x.device) & ~counts
+        is_special = torch.from_numpy(np.isin(blocks.ids[first:last], all_special)).to(x.device)
+        barred = kept[_makes_no_example(x[counts], is_special[counts], bounded)]
+        by_id = is_special & exclude_special
+        yield _Rows(kept, barred, x[counts], x[left_out & by_id], x[left_out & ~by_id], last)
+
+
+def _makes_no_example(x: Tensor, is_special: Tensor, bounded: bool) -> np.ndarray:
+    """Of rows that count, ``x [n, d_in]``: special tokens, and outliers where training set no bound to the norm."""
+    if not bounded and len(x):
+        length = norms(x)
+        is_special = is_special | (length > OUTLIER_FACTOR * length.median())
+    return is_special.cpu().numpy()
 
 
 def _activations(
-    model: LanguageModel, hook_names: list[str], blocks: TokenBlocks, store: HookActivations | None
+    model: LanguageModel,
+    hook_names: list[str],
+    blocks: TokenBlocks,
+    store: HookActivations | None,
+    start: int,
+    stop: int,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """First block and activations by hook name, a few blocks at a time; what the store lacks is computed."""
+    ranges = BlockRanges(stop, blocks_per_batch(model, blocks.context_length), start)
     if store is None:
-        yield from capture_blocks(model, blocks, hook_names)
+        yield from capture_ranges(model, blocks, hook_names, ranges)
         return
     held = [name for name in hook_names if name in store.store.hook_names]
     missing = [name for name in hook_names if name not in held]
-    for start, stop in BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
-        found = {name: store.store.at(name).read(start, stop) for name in held}
+    for first, last in ranges:
+        found = {name: store.store.at(name).read(first, last) for name in held}
         if missing:
-            found |= capture_range(model, blocks, missing, (start, stop))
-        yield start, found
+            found |= capture_range(model, blocks, missing, (first, last))
+        yield first, found
 
 
 def _grouped(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:

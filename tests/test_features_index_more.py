@@ -1,0 +1,323 @@
+"""What else the index knows, from near misses to tags; and passes over the text that stop, or are shared."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lookup_model import (
+    CONTEXT,
+    D_SAE,
+    MAX_NORM,
+    OUTLIERS,
+    Dense,
+    LookupModel,
+    build,
+    make_blocks,
+    make_sae,
+    same_files,
+)
+from tiny_models import END_OF_TEXT, VOCABULARY, one_thread
+
+from activations.blocks import PADDING
+from activations.processes import Processes
+from features import build as build_module
+from features import coactivation as coactivation_module
+from features import firings as firings_module
+from features.index import FeatureIndex
+from features.layout import COACTIVE, N_BINS, NEAR_MISSES, NEXT_TOKENS
+from features.tags import RULES
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module", params=["relu", "topk"])
+def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    sae, blocks = make_sae(request.param), make_blocks()
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(firings_module, "ENCODE_POSITIONS", 200)
+        patch.setattr(firings_module, "CHUNK_FIRINGS", 1500)
+        patch.setattr(firings_module, "blocks_per_batch", lambda *about: 3)
+        index = build(tmp_path_factory.mktemp("index") / "index", blocks, sae)
+    return index, Dense(sae, blocks), blocks
+
+
+def test_near_misses_are_the_features_tokens_without_a_firing(case: Any) -> None:
+    index, dense, _ = case
+    n_found = 0
+    for feature in range(D_SAE):
+        own = {token.token_id for token in index.top_tokens(feature)}
+        misses = index.near_misses(feature)
+        assert len(misses) <= NEAR_MISSES
+        assert len({miss.document for miss in misses}) == len(misses)
+        for miss in misses:
+            assert dense.kept[miss.position]
+            assert dense.a[miss.position, feature] == 0 == miss.value
+            assert dense.ids[miss.position] in own
+            row, place = divmod(miss.position, CONTEXT)
+            start = row * CONTEXT + place - miss.peak
+            exact = dense.a[start : start + len(miss.tokens), feature]
+            np.testing.assert_allclose(miss.activations, exact, atol=1.001 * exact.max() / 255)
+        n_found += len(misses)
+        possible = dense.kept & np.isin(dense.ids, list(own)) & (dense.a[:, feature] == 0)
+        if len(np.unique(dense.documents[possible])) > 3 * NEAR_MISSES:
+            assert len(misses) >= 3
+    assert n_found > 100
+
+
+def test_tokens_that_follow_are_exact(case: Any) -> None:
+    index, dense, _ = case
+    for feature in range(D_SAE):
+        counts: dict[int, int] = {}
+        for _, position in dense.firings(feature):
+            place = position % CONTEXT
+            if place + 1 < CONTEXT and dense.documents[position + 1] == dense.documents[position]:
+                token = int(dense.ids[position + 1])
+                counts[token] = counts.get(token, 0) + 1
+        expected = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:NEXT_TOKENS]
+        assert [(t.token_id, t.count) for t in index.next_tokens(feature)] == expected
+
+
+def test_places_entropy_and_what_fires_elsewhere_are_exact(case: Any) -> None:
+    index, dense, blocks = case
+    sae = make_sae(index.manifest["inputs"]["architecture"])
+    documents = dense.documents
+    begins = {int(d): int(np.flatnonzero(documents == d)[0]) for d in np.unique(documents) if d != PADDING}
+    first_kept: set[int] = set()
+    for key in {(int(d), p // CONTEXT) for p, d in enumerate(documents) if d != PADDING}:
+        inside = [p for p in range(key[1] * CONTEXT, key[1] * CONTEXT + CONTEXT) if documents[p] == key[0]]
+        kept = [p for p in inside if dense.kept[p]]
+        first_kept.update(kept[:1])
+    x = LookupModel().capture(blocks.ids_tensor(0, blocks.n_blocks), ["x"])["x"].view(-1, 8)
+    everywhere = sae.encode(x).to_dense().numpy() != 0
+    is_special = (dense.ids == END_OF_TEXT) & (documents != PADDING)
+    is_outlier = np.isin(dense.ids, OUTLIERS) & (x.norm(dim=1).numpy() > MAX_NORM)
+    assert (index.column("special") == everywhere[is_special].sum(axis=0)).all()
+    assert (index.column("outlier") == everywhere[is_outlier].sum(axis=0)).all()
+    for feature in range(D_SAE):
+        positions = np.flatnonzero(dense.a[:, feature])
+        firsts: dict[int, int] = {}
+        for p in positions:
+            firsts.setdefault(int(documents[p]), int(p) - begins[int(documents[p])])
+        assert index.column("documents")[feature] == len(firsts)
+        assert index.column("first_place")[feature] == np.float32(np.mean(list(firsts.values()) or [0]))
+        assert index.column("starts")[feature] == sum(int(p) in first_kept for p in positions)
+        shares = np.bincount(dense.ids[positions], minlength=1) / max(len(positions), 1)
+        entropy = -sum(p * np.log2(p) for p in shares if p)
+        assert index.token_entropy[feature] == pytest.approx(entropy, abs=1e-5)
+
+
+def test_coactivation_is_exact_on_its_sample(case: Any) -> None:
+    index, dense, _ = case  # the text is so short that every position is in the sample
+    assert index.manifest["n_sampled"] == dense.kept.sum()
+    fires = (dense.a != 0).astype(np.int64)
+    both, count = fires.T @ fires, fires.sum(axis=0)
+    assert fires.sum(axis=1).max() < coactivation_module.MOST_PER_POSITION
+    assert (index.column("sampled") == count).all()
+    for feature in range(D_SAE):
+        together = both[feature].astype(np.float64)
+        together[feature] = 0
+        likeness = together / np.maximum(count[feature] + count - together, 1)
+        order = sorted(np.flatnonzero(together), key=lambda f: (-likeness[f], f))[:COACTIVE]
+        found = index.coactive(feature)
+        assert [c.feature for c in found] == order
+        for c in found:
+            n = both[feature, c.feature]
+            assert c.count == n
+            assert c.jaccard == pytest.approx(likeness[c.feature])
+            chance = count[feature] * count[c.feature] / dense.kept.sum()
+            assert c.pmi == pytest.approx(np.log2(n / chance))
+
+
+def test_only_the_strongest_of_a_crowded_position_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coactivation_module, "MOST_PER_POSITION", 2)
+    sae, blocks = make_sae(), make_blocks(20)
+    index, dense = build(tmp_path / "index", blocks, sae), Dense(sae, blocks)
+    expected = np.zeros(D_SAE, dtype=np.int64)
+    for row in dense.a:
+        strongest = sorted(np.flatnonzero(row), key=lambda f: (-row[f], f))[:2]
+        expected[strongest] += 1
+    assert (index.column("sampled") == expected).all()
+
+
+def test_a_sample_of_positions_estimates_coactivation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coactivation_module, "SAMPLED_POSITIONS", 400)
+    blocks = make_blocks(60)
+    index = build(tmp_path / "index", blocks, make_sae())
+    assert 300 < index.manifest["n_sampled"] < 500
+    share = index.column("sampled") / index.manifest["n_sampled"]
+    assert np.abs(share - index.density).max() < 4 * 0.5 / 300**0.5
+
+
+def test_tags_follow_their_rules(case: Any) -> None:
+    index, dense, _ = case
+    vocabulary = LookupModel().tokenizer.vocabulary()
+    n = len(dense.kept)
+    for feature in range(D_SAE):
+        names = {tag.name for tag in index.tags(feature)}
+        a = dense.a[:, feature]
+        positions = np.flatnonzero(a)
+        assert ("dead" in names) == (len(positions) == 0)
+        assert ("dense" in names) == (len(positions) >= 0.1 * dense.kept.sum())
+        cosine = max(c for _, c in index.neighbours(feature))
+        assert ("duplicate" in names) == (cosine >= 0.9)
+        if not len(positions):
+            continue
+        counts = np.bincount(dense.ids[positions], minlength=VOCABULARY)
+        assert ("single token" in names) == (counts.max() >= 0.9 * len(positions))
+        digits = sum(counts[i] for i, text in enumerate(vocabulary) if text.strip().isdigit())
+        assert ("numeric" in names) == (digits >= 0.8 * len(positions))
+        followed = [
+            p + 1
+            for p in positions
+            if p + 1 < n and (p + 1) % CONTEXT and dense.documents[p + 1] == dense.documents[p]
+        ]
+        promoted = {i for _, i, _ in index.promoted(feature)}
+        said = sum(int(dense.ids[p]) in promoted for p in followed)
+        assert ("says" in names) == bool(followed and said >= 0.5 * len(followed))
+        outlier = int(index.column("outlier")[feature])
+        assert ("high-norm only" in names) == (outlier >= 0.9 * (outlier + len(positions)))
+    assert {"dead", "dense"} <= {tag.name for f in (0, 1) for tag in index.tags(f)}
+    assert all(
+        str(rule.threshold)[0] in rule.tooltip or "%" in rule.tooltip or rule.name == "dead" for rule in RULES
+    )
+
+
+def test_what_training_kept_makes_no_example_if_it_is_special_or_an_outlier(tmp_path: Path) -> None:
+    """An SAE trained on everything: these positions count, and yet never win an example."""
+    sae = make_sae(exclude_special_tokens=False)
+    sae.metadata["max_norm"] = None
+    blocks = make_blocks(30)
+    index = build(tmp_path / "index", blocks, sae)
+    ids = blocks.ids.reshape(-1)
+    assert index.n_tokens == blocks.n_tokens
+    assert index._text["vocabulary_count"][[END_OF_TEXT, *OUTLIERS]].all()
+    shown = [e for f in range(D_SAE) for e in [*index.top_examples(f), *index.near_misses(f)]]
+    shown += [e for f in range(D_SAE) for _, band in index.range_examples(f) for e in band]
+    assert len(shown) > 500
+    assert not {END_OF_TEXT, *OUTLIERS} & {int(ids[e.position]) for e in shown}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
+def test_a_pass_that_stops_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    sae, blocks = make_sae(), make_blocks()
+    for name, value in (("ENCODE_POSITIONS", 100), ("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
+        monkeypatch.setattr(firings_module, name, value)
+    monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 2)
+    monkeypatch.setattr(build_module, "SAVE_EVERY", 300)
+    build(tmp_path / "whole" / "index", blocks, sae)
+
+    add, save = build_module.Gathering.add, build_module.Gathering.save
+    saved: list[int] = []
+
+    def add_until(self: Any, firings: Any) -> None:
+        if len(saved) > after:
+            raise Stopped
+        add(self, firings)
+
+    def counted_save(self: Any, *arguments: Any) -> None:
+        save(self, *arguments)
+        saved.append(1)
+
+    monkeypatch.setattr(build_module.Gathering, "save", counted_save)
+    monkeypatch.setattr(build_module.Gathering, "add", add_until)
+    folder = tmp_path / "stopped" / "index"
+    with pytest.raises(Stopped):
+        build(folder, blocks, sae)
+    assert not folder.exists()
+    monkeypatch.setattr(build_module.Gathering, "add", add)
+    read: list[int] = []
+    monkeypatch.setattr(
+        build_module.Gathering, "add", lambda self, f: (read.append(len(f.kept)), add(self, f))[1]
+    )
+    index = build(folder, blocks, sae)
+    assert 0 < sum(read) < index.n_tokens  # it went on, and did not begin again
+    same_files(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_pass_over_other_text_does_not_go_on_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firings_module, "CHUNK_FIRINGS", 400)
+    monkeypatch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
+    monkeypatch.setattr(firings_module, "ENCODE_POSITIONS", 100)
+    monkeypatch.setattr(build_module, "SAVE_EVERY", 100)
+    monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 2)
+    write = build_module._write
+    monkeypatch.setattr(build_module, "_write", lambda *arguments: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        build(tmp_path / "index", make_blocks(30), make_sae())
+    monkeypatch.setattr(build_module, "_write", write)
+    other = make_blocks(30, seed=8)
+    index = build(tmp_path / "index", other, make_sae())
+    assert (index.count == (Dense(make_sae(), other).a != 0).sum(axis=0)).all()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Threads stand for processes. Documents go on from one part of the text to the next."""
+    sae, blocks = make_sae(), make_blocks(31)
+    alone = build(tmp_path / "alone" / "index", blocks, sae)
+    together, barrier = tmp_path / "together" / "index", threading.Barrier(size)
+    problems: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            with torch.inference_mode():
+                build(
+                    together, blocks, sae, processes=Processes(rank, size, lambda: barrier.wait(60) and None)
+                )
+        except BaseException as problem:
+            problems.append(problem)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+    found = FeatureIndex.open(together)
+    assert found.n_tokens == alone.n_tokens
+    for name in alone._columns.dtype.names:
+        np.testing.assert_allclose(found.column(name), alone.column(name), rtol=1e-6, err_msg=name)
+    for name in alone._records.dtype.names:
+        if not name.startswith("miss_"):
+            assert (found.array(name) == alone.array(name)).all(), name
+    assert not (tmp_path / "together" / "index.partial").exists()
+
+
+def test_a_record_is_small() -> None:
+    from features.layout import COLUMNS, feature_record
+    from features.weights import weight_record
+
+    assert feature_record(1).itemsize + COLUMNS.itemsize + weight_record(True, True).itemsize <= 6000
+    assert feature_record(1)["histogram"].shape == (N_BINS,)
+
+
+def test_the_index_of_another_layout_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    build(folder, make_blocks(10), make_sae())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["inputs"]["layout"] = 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert build(folder, make_blocks(10), make_sae()).manifest["inputs"]["layout"] == 2
+    assert replace(make_blocks(10)).n_blocks >= 9
