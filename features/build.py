@@ -54,6 +54,7 @@ from features.records import write_array, write_records
 from features.statistics import HISTOGRAM_EDGES
 from features.tags import tag_bits
 from features.weights import WeightIndex, build_weights
+from sae.memory import keep_freed_memory
 from sae.model import SparseAutoencoder, check_belongs
 
 SAVE_EVERY = 1 << 20
@@ -94,6 +95,7 @@ def build_index(
         return FeatureIndex.open(folder)
     _check_replaceable(folder)
     processes = processes or started_processes()
+    keep_freed_memory()
     partial = folder.with_name(f"{folder.name}.partial")
     job = _Job(model, sae, blocks, activations, described, partial, processes, progress)
     no_space = (

@@ -34,7 +34,7 @@ from sae.model import SparseAutoencoder
 ENCODE_POSITIONS = 8_192
 """Positions that are encoded at once: bounds the memory of their activations."""
 CHUNK_FIRINGS = 1 << 20
-FIRINGS_PER_FEATURE = 64
+FIRINGS_PER_FEATURE = 32
 """Firings that are sorted at once, and at least so many for each feature: with fewer, more time goes into merging what was
 kept before."""
 

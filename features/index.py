@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,12 +19,17 @@ from activations.strings import StringTable
 from activations.tokenizer import byte_pieces
 from features.coactive import Coactive
 from features.layout import KIND, LAYOUT, N_BANDS, QUANTA, TEXT_ARRAYS, WINDOW, WINDOW_BEFORE
-from features.records import read_array
+from features.records import read_ahead, read_array
 from features.statistics import histogram_quantile
 from features.tags import Tag, rules_of
 from features.weights import WeightIndex
 
+if TYPE_CHECKING:
+    from features.run import Run
+    from features.tables import FeatureTable
+
 _SHOWN_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_REMEMBERED = 16  # features
 _LONGEST_CHARACTER = 4
 """Bytes of UTF-8, and so at most as many tokens."""
 
@@ -82,6 +87,7 @@ class FeatureIndex:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._run: Run | None = None
 
     @classmethod
     def open(cls, folder: str | Path, *, sae_hash: str | None = None) -> "FeatureIndex":
@@ -103,6 +109,36 @@ class FeatureIndex:
             if not (folder / f"{name}.npy").is_file():
                 raise InputError(f"{folder} lacks {name}.npy: build the index again.")
         return cls(folder, manifest)
+
+    def of_run(self, run: "Run") -> "FeatureIndex":
+        """The same index, which knows the run it belongs to: its model, SAE and labels."""
+        self._run = run
+        return self
+
+    def search(self, query: str, **options: Any) -> "FeatureTable":
+        """Features by the words of their labels, top tokens and notes; see :func:`features.search.search`."""
+        from features.search import search
+
+        return search(self._of_a_run(), query, **options)
+
+    def active_in(self, text: str, **options: Any) -> "FeatureTable":
+        """The features that are active in a text; see :func:`features.active.active_in`."""
+        from features.active import active_in
+
+        return active_in(self._of_a_run(), text, **options)
+
+    def contrast(self, a: Sequence[str], b: Sequence[str], **options: Any) -> "FeatureTable":
+        """The features that tell two sets of texts apart; see :func:`features.contrast.contrast`."""
+        from features.contrast import contrast
+
+        return contrast(self._of_a_run(), a, b, **options)
+
+    def _of_a_run(self) -> "Run":
+        if self._run is None:
+            raise InputError(
+                f"{self.folder} was opened by itself, without model and labels: use open_run(...).index."
+            )
+        return self._run
 
     @property
     def d_sae(self) -> int:
@@ -309,14 +345,13 @@ class FeatureIndex:
     def neighbours(self, feature: int) -> list[tuple[int, float]]:
         """The features with the most similar decoder rows: (feature, cosine), nearest first.
 
-        Raises:
-            InputError: the SAE is so wide that they were not worked out for all features.
+        Of an SAE too wide to keep those of all features they are worked out now.
         """
         feature = self._checked(feature)
         if not self.weights.has_neighbours:
-            raise InputError(
-                f"Neighbours of {self.d_sae:,} features are not kept: ask features.weights.neighbours_of(sae, feature)."
-            )
+            from features.weights import neighbours_of
+
+            return neighbours_of(self._of_a_run().sae, feature)
         ids, cosines = self._row("neighbour_id", feature), self._row("neighbour_cosine", feature)
         return [(int(i), float(cosine)) for i, cosine in zip(ids, cosines, strict=True) if i >= 0]
 
@@ -330,8 +365,22 @@ class FeatureIndex:
         # A character may begin before the first of them, or end after the last.
         begin = max(start - _LONGEST_CHARACTER + 1, block)
         end = min(stop + _LONGEST_CHARACTER - 1, block + context)
-        ids = self._text["ids"].reshape(-1)[begin:end]
-        return byte_pieces([self._token_bytes(int(i)) for i in ids])[start - begin : stop - begin]
+        ids = self._text["ids"].reshape(-1)[begin:end].tolist()
+        shown = [self._shown(i) for i in ids]
+        if not any("<0x" in text for text in shown):
+            return shown[start - begin : stop - begin]
+        return byte_pieces([self._token_bytes(i) for i in ids])[start - begin : stop - begin]
+
+    def _shown(self, token_id: int) -> str:
+        """The display text of a token, remembered: most tokens occur many times in a page."""
+        text = self._seen_tokens.get(token_id)
+        if text is None:
+            text = self._seen_tokens[token_id] = self._vocabulary[token_id]
+        return text
+
+    @cached_property
+    def _seen_tokens(self) -> dict[int, str]:
+        return {}
 
     @cached_property
     def _vocabulary(self) -> StringTable:
@@ -360,8 +409,24 @@ class FeatureIndex:
         return value
 
     def _record(self, feature: int) -> np.ndarray:
-        """Everything about one feature, in one read."""
-        return self._records[feature]
+        """Everything about one feature, in one read; remembered for a while."""
+        record = self._seen_records.get(feature)
+        if record is None:
+            record = self._records[feature].copy()
+            while len(self._seen_records) >= _REMEMBERED:
+                self._seen_records.pop(next(iter(self._seen_records)), None)
+            self._seen_records[feature] = record
+            position = np.concatenate(
+                [record[f"{group}_position"].reshape(-1) for group in ("top", "range", "miss")]
+            )
+            position = position[position >= 0].astype(np.int64)
+            ids = self._text["ids"].reshape(-1)
+            read_ahead(ids, (position - WINDOW_BEFORE).clip(min=0), (position + WINDOW).clip(max=len(ids)))
+        return record
+
+    @cached_property
+    def _seen_records(self) -> dict[int, np.ndarray]:
+        return {}
 
     def _lens(self, name: str, feature: int) -> list[tuple[str, int, float]]:
         feature = self._checked(feature)
@@ -374,7 +439,7 @@ class FeatureIndex:
 
     def _token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token's display text stands for."""
-        parts = _SHOWN_BYTE.split(self.vocabulary[token_id])  # text, byte, text, byte, …, text
+        parts = _SHOWN_BYTE.split(self._shown(token_id))  # text, byte, text, byte, …, text
         return b"".join(bytes.fromhex(part) if i % 2 else part.encode() for i, part in enumerate(parts))
 
     def _examples(self, group: str, feature: int, width: int, band: int | None = None) -> list[Example]:

