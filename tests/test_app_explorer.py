@@ -28,11 +28,12 @@ from activations.models import LanguageModel
 from app import launch
 from app.explorer.explorer_charts import activation_histogram, feature_scatter, plot_text
 from app.explorer.explorer_links import address, link, pick
-from app.explorer.explorer_style import number, percent, track_html
-from app.explorer.tokens_html import chip, escape_markdown, tokens_html, visible
+from app.explorer.explorer_style import escape_markdown, track_html
 from features.build import build_index
-from features.labels import Label, Labels
+from features.html_pieces import number, percent
+from features.labels import Label, Labels, Score
 from features.run import Run, open_run
+from features.tokens_html import chip, tokens_html, visible
 from sae.architectures.base import Weights
 from sae.config import SAEConfig, TrainConfig
 from sae.model import SparseAutoencoder
@@ -42,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 HOOK = "blocks.3.hook_resid_post"
 D_SAE, K = 64, 4
 SILENT = 7
+SCORE = Score("tokens", 0.5, 12, precision=0.25, recall=1.0)
 HOSTILE = "<b>bold</b> **stars** :red[x] $x^2$ <img src=x onerror=alert(1)>"
 
 
@@ -71,7 +73,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = Labels.open(folder.labels)
     labels.put_automatic(
         [
-            Label(f, f"fires on ‹{f}›", "automatic", "on", 0.5, 0.25, 1.0, 12)
+            Label(f, f"fires on ‹{f}›", "automatic", method="on", scores=(SCORE,))
             for f in range(D_SAE)
             if f != SILENT
         ]
@@ -146,6 +148,7 @@ def test_passages_keep_the_text_exactly() -> None:
     tokens = ["def", " f", "(x", "):", "\n", "    ", "return", " ü", "", "\t#"]
     assert text_of(tokens_html(tokens, [0.0] * len(tokens), 1.0)) == "".join(tokens)
     # What fires shows a sign where a colour on white space could not be seen.
+    assert tokens_html(["\n"], [1.0], 1.0).endswith("⏎</span>\n</div>")  # no stub of colour on the next line
     assert text_of(tokens_html(["\n"], [1.0], 1.0)) == "⏎\n"
     assert text_of(tokens_html([""], [1.0], 1.0)) == "‥"
     assert text_of(tokens_html(["\n" + " " * 12], [1.0], 1.0, one_line=True)) == "⏎␣×12"
@@ -268,6 +271,22 @@ def test_labels_are_shown_literally(page: Callable[..., AppTest]) -> None:
         assert html.escape(HOSTILE) in markup
         assert "<img" not in markup
     assert not page("feature", feature="3").markdown
+
+
+def test_a_label_of_a_language_model_is_shown_with_its_own_scores(
+    page: Callable[..., AppTest], run_folder: Path
+) -> None:
+    labels = Labels.open(run_folder / "labels.sqlite")
+    score = Score("detection", 0.85, 40, 0.71, 0.92, control=0.5, judge="a judge")
+    labels.add(
+        [Label(12, "twelve", "llm", "a model", "explainer", scores=(score,)), Label(13, "x", "import")]
+    )
+    seen = text_of(shown(page("feature", feature="12")))
+    assert "A language model's label, a model, explainer" in seen
+    assert "detection 0.85 [0.71, 0.92]control 0.50n 40" in seen
+    assert "Automatic: fires on ‹12› F1 0.50" in seen
+    assert "An imported label, 20" in text_of(shown(page("feature", feature="13")))
+    assert "not scored" in text_of(shown(page("feature", feature="13")))
 
 
 def test_a_label_given_on_the_page_is_saved_and_taken_away(

@@ -6,7 +6,7 @@ import sys
 import streamlit as st
 
 from activations.errors import InputError
-from app.explorer.tokens_html import escape_markdown
+from app.explorer.explorer_style import escape_markdown
 from features.labels import Label
 from features.run import Feature, Run, open_run
 
@@ -95,6 +95,6 @@ def worth(label: Label | None) -> tuple[float, int]:
 
 
 def name_of(run: Run, feature: int) -> str:
-    """A feature's label, or that it has none."""
+    """A feature's label with its score, or that it has none."""
     label = run.labels.get(feature)
-    return label.text if label and label.text else "no label"
+    return label.summary if label and label.text else "no label"

@@ -1,8 +1,6 @@
 """Feature: everything that is known about one feature, and a place to name it."""
 
-from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -18,13 +16,21 @@ from app.explorer.explorer_state import (
     random_feature,
     the_run,
 )
-from app.explorer.explorer_style import Card, bar, cards_html, number, part, percent, pill, table_html
-from app.explorer.tokens_html import chip, escape_markdown, tokens_html
+from app.explorer.explorer_style import escape_markdown
+from features.html_pieces import (
+    Card,
+    bar,
+    cards_html,
+    examples_html,
+    number,
+    part,
+    percent,
+    table_html,
+)
+from features.label_html import provenance_html, scores_html
 from features.labels import Label
 from features.run import Feature, Run
-
-if TYPE_CHECKING:
-    from features.index import Example
+from features.tokens_html import chip, tokens_html
 
 VIEWS = {"Snippets": 24, "Passages": 64}  # tokens shown of each example
 NEIGHBOURS_SHOWN = 10
@@ -129,7 +135,7 @@ def _name(feature: Feature) -> None:
         key=text_key,
         on_change=save,
         placeholder="what would you call it? Enter saves",
-        help="It stands before the automatic label everywhere. Empty it to have the automatic label back.",
+        help="It stands before every other label. Empty it to have the others back.",
     )
     note_place.text_input(
         "Note",
@@ -141,20 +147,13 @@ def _name(feature: Feature) -> None:
 
 
 def _provenance(label: Label | None, automatic: Label | None) -> str:
-    """Where the shown label comes from, and the automatic one with its scores, as HTML."""
-    if automatic is None:
-        return "Nothing has labelled this feature automatically."
-    scores = ""
-    if automatic.f1 is not None and automatic.precision is not None and automatic.recall is not None:
-        scores = (
-            pill(f"F1 {automatic.f1:.2f}", "harmonic mean of precision and recall")
-            + pill(f"precision {automatic.precision:.2f}", "where the label says it fires, how often it does")
-            + pill(f"recall {automatic.recall:.2f}", "where it fires, how often the label says so")
-            + pill(f"n {automatic.n:,}", "firings on held-out documents that the scores rest on")
-        )
-    if label is not None and label.source == "person" and label.text:
-        return f"A person's label. Automatic: <b>{escape(automatic.text)}</b> {scores}"
-    return f"Automatic label {scores}"
+    """Who gave the label that is shown and how good it is, and likewise the automatic one behind it, as HTML."""
+    if label is None or not label.text:
+        return "Nothing has labelled this feature yet."
+    behind = ""
+    if label.source != "automatic" and automatic is not None:
+        behind = f"<br>Automatic: <b>{escape(automatic.text)}</b> {scores_html(automatic)}"
+    return provenance_html(label) + behind
 
 
 def _statistics(feature: Feature) -> list[Card]:
@@ -211,18 +210,6 @@ def _examples(feature: Feature) -> None:
         )
     with own:
         _own_text(feature)
-
-
-def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bool) -> str:
-    """Examples as one block: activation, coloured tokens, document."""
-    return "".join(
-        f'<div class="example"><div class="strength">{escape(number(example.value))}</div><div>'
-        + tokens_html(
-            example.tokens, example.activations.tolist(), maximum, framed=example.peak, one_line=one_line
-        )
-        + f'<span class="where">{escape(example.document)}</span></div></div>'
-        for example in examples
-    )
 
 
 def _histogram(feature: Feature) -> None:

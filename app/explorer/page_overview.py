@@ -9,7 +9,8 @@ import streamlit as st
 from app.explorer.explorer_charts import density_histogram, feature_scatter
 from app.explorer.explorer_links import feature_address, go
 from app.explorer.explorer_state import the_run, worth
-from app.explorer.explorer_style import Card, cards_html, number, part, percent, track_html
+from app.explorer.explorer_style import track_html
+from features.html_pieces import Card, cards_html, number, part, percent
 from features.labels import Label
 from features.run import Run
 
@@ -210,7 +211,7 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
                 min_value=0,
                 max_value=1,
                 format="%.2f",
-                help="of the automatic label, on held-out documents",
+                help="of the label's pattern, on held-out documents",
             ),
             "density": st.column_config.NumberColumn(
                 width=90, format="%.2e", help="share of tokens on which it fires"

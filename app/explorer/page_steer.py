@@ -10,11 +10,11 @@ import streamlit as st
 from activations.errors import InputError
 from app.explorer.explorer_links import address, feature_address, go, link, pick
 from app.explorer.explorer_state import complain, load_model, name_of, parameter, the_run, worth
-from app.explorer.explorer_style import bar, number, part, percent, table_html
-from app.explorer.tokens_html import printable, tokens_html
 from features.demonstration import choose_demonstration, own_tokens, promoted_share
+from features.html_pieces import bar, number, part, percent, table_html
 from features.run import Run
 from features.steering import METHODS, Method, output_scores
+from features.tokens_html import printable, tokens_html
 
 WEAKEST, STRONGEST, USUAL = -2.0, 4.0, 1.0  # strengths on the sliders, in units of the feature's maximum
 MATCHES_SHOWN = 8

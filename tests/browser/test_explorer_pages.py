@@ -8,9 +8,9 @@ from urllib.parse import parse_qs, quote, urlsplit
 import numpy as np
 import pytest
 
-from app.explorer.explorer_style import number, percent
 from app.explorer.page_try_text import SAMPLE
 from features.demonstration import own_tokens, promoted_share
+from features.html_pieces import number, percent
 from features.run import Run
 
 if TYPE_CHECKING:
