@@ -6,7 +6,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from features.layout import KIND, LAYOUT, N_BANDS, QUANTA, TEXT_ARRAYS, WINDOW, 
 from features.records import read_ahead, read_array
 from features.statistics import histogram_quantile
 from features.tags import Tag, rules_of
+from features.tokens_html import visible
 from features.weights import WeightIndex
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class FeatureIndex:
         self.folder = folder
         self.manifest = manifest
         self._run: Run | None = None
+        self._record = lru_cache(_REMEMBERED)(self._read_record)
 
     @classmethod
     def open(cls, folder: str | Path, *, sae_hash: str | None = None) -> "FeatureIndex":
@@ -306,11 +308,11 @@ class FeatureIndex:
             if rule.name == "duplicate":
                 about = f" of {self.neighbours(feature)[0][0]}"
             elif rule.name == "single token":
-                about = f" ‹{self.top_tokens(feature)[0].token}›"
+                about = f" ‹{visible(self.top_tokens(feature)[0].token)}›"
             elif rule.name == "says":
                 promoted = {token_id for _, token_id, _ in self.promoted(feature)}
                 said = [token for token in self.next_tokens(feature) if token.token_id in promoted]
-                about = f" ‹{said[0].token}›" if said else ""
+                about = f" ‹{visible(said[0].token)}›" if said else ""
             tags.append(Tag(rule.name, rule.name + about, rule.tooltip))
         return tags
 
@@ -408,25 +410,15 @@ class FeatureIndex:
         value: np.ndarray = record[name] if name in names else self.weights.records[feature][name]
         return value
 
-    def _record(self, feature: int) -> np.ndarray:
-        """Everything about one feature, in one read; remembered for a while."""
-        record = self._seen_records.get(feature)
-        if record is None:
-            record = self._records[feature].copy()
-            while len(self._seen_records) >= _REMEMBERED:
-                self._seen_records.pop(next(iter(self._seen_records)), None)
-            self._seen_records[feature] = record
-            position = np.concatenate(
-                [record[f"{group}_position"].reshape(-1) for group in ("top", "range", "miss")]
-            )
-            position = position[position >= 0].astype(np.int64)
-            ids = self._text["ids"].reshape(-1)
-            read_ahead(ids, (position - WINDOW_BEFORE).clip(min=0), (position + WINDOW).clip(max=len(ids)))
+    def _read_record(self, feature: int) -> np.ndarray:
+        """Everything about one feature, in one read; ``_record`` remembers it for a while."""
+        record = self._records[feature].copy()
+        places = [record[f"{group}_position"].reshape(-1) for group in ("top", "range", "miss")]
+        position = np.concatenate(places).astype(np.int64)
+        position = position[position >= 0]
+        ids = self._text["ids"].reshape(-1)
+        read_ahead(ids, (position - WINDOW_BEFORE).clip(min=0), (position + WINDOW).clip(max=len(ids)))
         return record
-
-    @cached_property
-    def _seen_records(self) -> dict[int, np.ndarray]:
-        return {}
 
     def _lens(self, name: str, feature: int) -> list[tuple[str, int, float]]:
         feature = self._checked(feature)

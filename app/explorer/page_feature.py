@@ -25,6 +25,7 @@ from features.html_pieces import (
     number,
     part,
     percent,
+    pill,
     table_html,
 )
 from features.label_html import provenance_html, scores_html
@@ -57,9 +58,12 @@ def show() -> None:
         if feature.count:
             _histogram(feature)
             st.html(_top_tokens(feature))
+            st.html(_next_tokens(feature))
         if feature.promoted:
             st.html(_logit_lens(feature))
         st.html(_neighbours(feature))
+        if feature.coactive:
+            st.html(_coactive(feature))
 
 
 def _steps(run: Run, feature: Feature) -> None:
@@ -116,6 +120,7 @@ def _name(feature: Feature) -> None:
     st.html(
         f'<h1 class="page">Feature {index}</h1><p class="big" data-testid="label">{escape(shown)}</p>'
         f'<p class="hint">{_provenance(label, automatic)}</p>'
+        + "".join(pill(tag.text, tag.tooltip) for tag in feature.tags)
     )
 
     def save() -> None:
@@ -188,7 +193,9 @@ def _examples(feature: Feature) -> None:
             "View", list(VIEWS), default="Snippets", required=True, key="view", label_visibility="collapsed"
         )
     width, one_line = VIEWS[view], view == "Snippets"
-    strongest, across, own = st.tabs(["Strongest", "Across the range", "In a text of your own"])
+    strongest, across, silent, own = st.tabs(
+        ["Strongest", "Across the range", "Silent at its tokens", "In a text of your own"]
+    )
     with strongest:
         if not feature.count:
             st.html(f'<p class="hint">{SILENT}</p>')
@@ -208,6 +215,14 @@ def _examples(feature: Feature) -> None:
             '<p class="hint">A fair sample of all its firings, in bands that hold equally many: what the strongest'
             f" alone do not show.</p>{bands}"
         )
+    with silent:
+        misses = feature.near_misses(width)
+        hint = (
+            "Tokens of the feature on which it stays silent: what it takes besides the token."
+            if misses
+            else "No place was found where one of its tokens stands and it is silent."
+        )
+        st.html(f'<p class="hint">{hint}</p>{examples_html(misses, feature.max, one_line=one_line)}')
     with own:
         _own_text(feature)
 
@@ -229,6 +244,14 @@ def _top_tokens(feature: Feature) -> str:
         for token in feature.top_tokens[:12]
     ]
     return part("Tokens it fires on") + table_html(["token", "share of firings", "lift", "mean"], rows)
+
+
+def _next_tokens(feature: Feature) -> str:
+    rows = [
+        [chip(token.token), bar(token.share, percent(token.share)), f"{number(token.lift)}×"]
+        for token in feature.next_tokens[:8]
+    ]
+    return part("Tokens that follow") + table_html(["token", "share of firings", "lift"], rows)
 
 
 def _logit_lens(feature: Feature) -> str:
@@ -262,6 +285,21 @@ def _neighbours(feature: Feature) -> str:
     return part("Nearest features", "By the cosine of their decoder directions.") + table_html(
         ["feature", "cosine"], rows
     )
+
+
+def _coactive(feature: Feature) -> str:
+    run = feature.run
+    rows = [
+        [
+            f'<span class="ellipsis" title="{escape(name_of(run, other.feature))}">'
+            f"{link(feature_address(other.feature), str(other.feature))} {escape(name_of(run, other.feature))}</span>",
+            bar(other.jaccard, f"{other.jaccard:.2f}"),
+            f"{other.pmi:+.1f}",
+        ]
+        for other in feature.coactive[:NEIGHBOURS_SHOWN]
+    ]
+    hint = "Jaccard: positions where both fire, of those where either does. PMI: how much oftener than by chance, in bits."
+    return part("Fires together with", hint) + table_html(["feature", "Jaccard", "PMI"], rows)
 
 
 def _own_text(feature: Feature) -> None:
