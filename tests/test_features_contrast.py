@@ -1,0 +1,309 @@
+"""Contrasts: statistics from sparse values against scipy and scikit-learn on dense ones, texts read in batches against
+one by one, tables, labelled texts, bad input."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+from small_run import CONTEXT, D_SAE, SmallRun, scored
+from tiny_models import END_OF_TEXT, TEXT, one_thread
+
+from activations.errors import InputError
+from features import texts as texts_module
+from features.contrast import contrast
+from features.labelled_texts import read_labelled
+from features.separation import Values, false_discovery_rate, paired_p, separation, to_four_digits
+from features.texts import read_texts
+from features.trace import trace_text
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    run = SmallRun(tmp_path_factory.mktemp("contrast"))
+    run.labels.put_automatic([scored(f, f"label {f}", f / D_SAE) for f in range(D_SAE)], {})
+    return run
+
+
+def sparse(dense: np.ndarray) -> Values:
+    text, feature = np.nonzero(dense)
+    return Values.of(feature, text, dense[text, feature])
+
+
+def random_dense(n: int, d: int, seed: int = 0) -> np.ndarray:
+    """Most values 0, many of the others equal; one feature always silent, one never."""
+    random = np.random.default_rng(seed)
+    dense = random.integers(1, 6, (n, d)) * (random.random((n, d)) < random.random(d))
+    dense[:, 0], dense[:, 1] = 0, random.random(n) + 1
+    return dense.astype(np.float64)
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(2, 2), (3, 40), (60, 25)])
+def test_separation_against_scipy_and_sklearn(n_a: int, n_b: int) -> None:
+    dense = random_dense(n_a + n_b, 30)
+    in_a = np.random.default_rng(1).permutation(n_a + n_b) < n_a
+    found = separation(sparse(dense), in_a)
+    assert found.feature.tolist() == np.flatnonzero(dense.any(0)).tolist()
+    for row, feature in enumerate(found.feature):
+        column = dense[:, feature]
+        a, b = column[in_a], column[~in_a]
+        assert found.auc[row] == pytest.approx(roc_auc_score(in_a, column))
+        assert found.rate_a[row] == pytest.approx((a > 0).mean())
+        assert found.rate_b[row] == pytest.approx((b > 0).mean())
+        expected = (
+            1.0 if len(np.unique(column)) == 1 else stats.mannwhitneyu(a, b, method="asymptotic").pvalue
+        )
+        assert found.p[row] == pytest.approx(expected)
+        pooled = np.sqrt((((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / (n_a + n_b - 2))
+        if pooled > 0:
+            assert found.effect[row] == pytest.approx((a.mean() - b.mean()) / pooled)
+
+
+def test_separation_of_some_texts_is_that_of_those_alone() -> None:
+    dense = random_dense(50, 20)
+    in_a = np.arange(50) % 3 == 0
+    used = np.random.default_rng(2).random(50) < 0.6
+    some, alone = separation(sparse(dense), in_a, used), separation(sparse(dense[used]), in_a[used])
+    for name in ("feature", "rate_a", "rate_b", "auc", "effect", "p"):
+        np.testing.assert_allclose(getattr(some, name), getattr(alone, name))
+
+
+def test_separation_at_its_ends() -> None:
+    dense = np.array([[1.0, 2.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    found = separation(sparse(dense), np.array([True, True, False, False]))
+    assert found.feature.tolist() == [0, 1]
+    assert found.auc.tolist() == [1.0, 1.0]
+    assert found.effect[0] == np.inf
+    assert len(separation(sparse(np.zeros((4, 3))), np.array([True, True, False, False])).auc) == 0
+
+
+def test_paired_p_against_scipy() -> None:
+    random = np.random.default_rng(0)
+    dense = np.concatenate([random_dense(30, 25), random_dense(30, 25, seed=1)])
+    dense[30:, 5:15] = dense[:30, 5:15] + (random.random((30, 10)) < 0.2)  # alike within pairs
+    dense[30:, 20] = dense[:30, 20]
+    order = random.permutation(60)
+    in_a, pair = (np.arange(60) < 30)[order], np.tile(np.arange(30), 2)[order]
+    found = paired_p(sparse(dense[order]), in_a, pair)
+    features = np.flatnonzero(dense.any(0))
+    for p, feature in zip(found, features, strict=True):
+        difference = dense[:30, feature] - dense[30:, feature]
+        same = not difference.any()
+        expected = 1.0 if same else stats.wilcoxon(difference, correction=False, method="asymptotic").pvalue
+        assert p == pytest.approx(expected)
+    assert (paired_p(sparse(np.ones((4, 1))), np.arange(4) < 2, np.array([0, 1, 0, 1])) == 1).all()
+
+
+def test_false_discovery_rate_against_scipy() -> None:
+    random = np.random.default_rng(0)
+    for p in (random.random(100) ** 3, np.full(5, 0.2), np.array([0.04]), np.zeros(0)):
+        expected = stats.false_discovery_control(p) if len(p) else p
+        np.testing.assert_allclose(false_discovery_rate(p), expected)
+
+
+def texts(n: int, seed: int = 0) -> list[str]:
+    """Of very different lengths, some longer than the context."""
+    random = np.random.default_rng(seed)
+    characters = "".join(TEXT)
+    found = []
+    for _ in range(n):
+        start, length = int(random.integers(0, 100)), int(random.integers(1, 60))
+        found.append("x" + characters[start : start + length])
+    return found
+
+
+@pytest.mark.parametrize("places", [40, 4096])
+def test_texts_read_together_are_as_read_alone(
+    run: SmallRun, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts_module, "TOKENS_PER_BATCH_CPU", places)
+    some = [*texts(25), "a text <|endoftext|> and another"]
+    read = read_texts(run.model, run.sae, some)
+    assert (np.diff(read.feature * len(some) + read.text) > 0).all()
+    exclusion = run.sae.exclusion(run.model.tokenizer)
+    longer_than_context = 0
+    for number, text in enumerate(some):
+        trace = trace_text(run.model, run.sae, text)
+        dense = trace.codes.to_dense().numpy()
+        mine = read.text == number
+        assert read.ids[number] == trace.ids
+        assert set(read.feature[mine]) == set(np.flatnonzero(dense.any(0)))
+        columns = dense[:, read.feature[mine]]
+        np.testing.assert_allclose(read.max[mine], columns.max(0), rtol=1e-4)
+        np.testing.assert_allclose(read.sum[mine], columns.sum(0), rtol=1e-4)
+        assert read.position[mine].tolist() == columns.argmax(0).tolist()
+        kept = np.array(trace.ids) != END_OF_TEXT
+        assert read.n_tokens[number] == kept.sum()
+        np.testing.assert_allclose(read.mean[mine], columns.sum(0) / kept.sum(), rtol=1e-4)
+        parts = []
+        for start in range(0, len(trace.ids), CONTEXT):
+            ids = torch.tensor([trace.ids[start : start + CONTEXT]])
+            x = run.model.capture(ids, [run.sae.hook_name])[run.sae.hook_name]
+            parts.append(x[exclusion.kept(ids, x)])
+        np.testing.assert_allclose(
+            read.pooled[number], torch.cat(parts).double().mean(0), rtol=1e-4, atol=1e-5
+        )
+        longer_than_context += len(trace.ids) > CONTEXT
+    assert longer_than_context > 3
+
+
+def test_long_texts_are_cut_and_counted(run: SmallRun) -> None:
+    read = read_texts(run.model, run.sae, ["short", "long " * 50], max_tokens=20)
+    assert read.n_cut == 1
+    assert len(read.ids[1]) == read.n_tokens[1] == 20
+
+
+SAFE = ["import os", "import sys\n", "for name in names:", "print(name, file=sys.stderr)", "import name"]
+OTHER = ["# naïve café", "日本語 привет", "# 😀 café", "日本 café — 日本語"]
+
+
+@pytest.mark.parametrize("by", ["max", "mean", "fires"])
+def test_a_contrast_against_dense_traces(run: SmallRun, by: Any) -> None:
+    found = contrast(run, SAFE, OTHER, names=("code", "prose"), by=by, n=None, probes=False)  # type: ignore[arg-type]
+    dense = []
+    for text in (*SAFE, *OTHER):
+        a = trace_text(run.model, run.sae, text).codes.to_dense().double().numpy()
+        dense.append({"max": a.max(0), "mean": a.mean(0), "fires": a.any(0).astype(float)}[by])
+    # Texts that begin alike have activations that differ by rounding only: ties, to four digits.
+    values, in_a = (
+        np.array([[float(f"{x:.4g}") for x in row] for row in dense]),
+        np.arange(len(dense)) < len(SAFE),
+    )
+    assert set(found.feature) == set(np.flatnonzero(values.any(0)))
+    assert (np.diff(np.abs(found.auc - 0.5)) <= 1e-12).all()
+    assert found.attrs == {"n_a": 5, "n_b": 4, "tested": len(found), "cut": 0, "test": "Mann-Whitney"}
+    for row in found.to_dict("records"):
+        column = values[:, row["feature"]]
+        assert row["auc"] == pytest.approx(roc_auc_score(in_a, column))
+        assert row["rate_difference"] == pytest.approx((column[in_a] > 0).mean() - (column[~in_a] > 0).mean())
+        assert (row["label"], row["score"]) == (f"label {row['feature']}", row["feature"] / D_SAE)
+        assert row["side"] == ("code" if row["auc"] >= 0.5 else "prose")
+        own = column[in_a] if row["side"] == "code" else column[~in_a]
+        carried = own[row["texts"]]
+        assert len(carried) == min(3, (own > 0).sum())
+        np.testing.assert_allclose(carried, np.sort(own)[::-1][: len(carried)], rtol=1e-3)
+        if len(carried):
+            text = (SAFE if row["side"] == "code" else OTHER)[row["texts"][0]]
+            trace = trace_text(run.model, run.sae, text)
+            peak = int(trace.activations(row["feature"]).argmax())
+            assert f"‹{trace.tokens[peak]}›" in row["example"]
+    np.testing.assert_allclose(found.q, stats.false_discovery_control(found.p))
+
+
+def test_matched_pairs_are_tested_as_pairs(run: SmallRun) -> None:
+    pairs = ["a", "b", "c", "d"]
+    found = contrast(run, SAFE[:4], OTHER, groups=(pairs, pairs[::-1]), n=None, probes=False)  # type: ignore[arg-type]
+    assert found.attrs["test"] == "signed-rank"
+    values = np.array(
+        [trace_text(run.model, run.sae, t).codes.to_dense().numpy().max(0) for t in (*SAFE[:4], *OTHER)]
+    )
+    for feature, p in zip(found.feature, found.p, strict=True):
+        rounded = to_four_digits(values[:, feature]).astype(np.float64)
+        difference = rounded[:4] - rounded[4:][::-1]
+        assert p == pytest.approx(stats.wilcoxon(difference, correction=False, method="asymptotic").pvalue)
+    looser = contrast(run, SAFE[:4], OTHER, groups=(pairs, ["a", "a", "b", "b"]), probes=False)  # type: ignore[arg-type]
+    assert looser.attrs["test"] == "Mann-Whitney"
+
+
+def test_a_contrast_with_probes_is_a_table_with_figures(run: SmallRun) -> None:
+    found = contrast(run, SAFE, OTHER, n=7)  # type: ignore[arg-type]
+    assert len(found) == 7
+    assert found.probes is not None
+    assert list(found.probes.probe) == [
+        "logistic regression",
+        "difference of means",
+        "best 10 features",
+        "best feature",
+    ]
+    assert found.head(2).probes is found.probes
+    assert len(found.figure().data[0].x) == 7
+    assert len(found.probes.figure().data[0].x) == 4
+    assert "Probes on texts left out" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "sentence"),
+    [
+        (["one"], ["two", "three"], "a has 1 texts: a contrast needs at least 2 on each side."),
+        (["one", "two"], [], "b has 0 texts: a contrast needs at least 2 on each side."),
+        ("one", ["two", "three"], "a is one text: give a list of texts."),
+        (["one", "two"], ["two", "one"], "a and b hold the same texts: there is nothing to tell apart."),
+        (["one", " \n"], ["two", "x"], "Text 1 of a is empty: leave it out, or give it at least one word."),
+        (
+            ["one", "two"],
+            ["x", "<|endoftext|>"],
+            "Text 1 of b has no tokens that count: special tokens and outliers are left out.",
+        ),
+    ],
+)
+def test_texts_that_cannot_be_compared(run: SmallRun, a: Any, b: Any, sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        contrast(run, a, b)  # type: ignore[arg-type]
+    assert str(caught.value) == sentence
+
+
+def test_options_that_cannot_be(run: SmallRun) -> None:
+    for options in ({"by": "median"}, {"n": 0}, {"max_tokens": 0}, {"groups": ([1], [2])}):
+        with pytest.raises(InputError):
+            contrast(run, SAFE, OTHER, **options)  # type: ignore[arg-type]
+
+
+# --- labelled texts
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.csv"
+    path.write_text('text,class,pair\n"a, b\nc",x,1\nd,y,1\ne,x,2\nf,z,2\n', encoding="utf-8")
+    return path
+
+
+def test_one_class_against_another_or_the_rest(table: Path) -> None:
+    rest = read_labelled(table, first="x", group_column="pair")
+    assert (rest.a, rest.b, rest.names) == (["a, b\nc", "e"], ["d", "f"], ("x", "the rest"))
+    assert rest.groups == (["1", "2"], ["1", "2"])
+    two = read_labelled(table, first="z", second="x")
+    assert (two.a, two.b, two.names, two.groups) == (["f"], ["a, b\nc", "e"], ("z", "x"), None)
+    table.write_text("t,c\none,1\ntwo,0\n", encoding="utf-8")
+    plain = read_labelled(table, "t", "c")
+    assert (plain.a, plain.b, plain.names) == (["one"], ["two"], ("1", "0"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "has 3 classes (x, y, z): choose one, which is then compared with the rest, or two."),
+        ({"first": "w"}, "has no texts of class w: its classes are x, y, z."),
+        ({"text_column": "body"}, "has no column body: its columns are text, class, pair."),
+        ({"group_column": "author"}, "has no column author: its columns are text, class, pair."),
+    ],
+)
+def test_labelled_texts_that_are_none(table: Path, options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_labelled(table, **options)
+    assert str(caught.value) == f"{table} {sentence}"
+
+
+def test_broken_tables_of_texts(table: Path) -> None:
+    for content, sentence in (
+        ("text,class\none,x\n", "has 1 class in column class: a contrast needs two."),
+        ("text,class\none\n", "fewer cells than there are columns"),
+        ("", "its columns are none"),
+        ("text,class\n", "has 0 class"),
+    ):
+        table.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=sentence):
+            read_labelled(table)
+    table.write_bytes(b"text,class\n\xff\xfe,x\n")
+    with pytest.raises(InputError, match="is not a CSV file in UTF-8"):
+        read_labelled(table)
