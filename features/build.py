@@ -169,7 +169,7 @@ class _Job:
     def of_rank(self, rank: int) -> Gathering:
         """What another process gathered."""
         gathered = self._empty(rank)
-        gathered.load()
+        gathered.resume()
         return gathered
 
     def _inputs(self, rank: int) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class _Job:
         gathered = self._empty(rank)
         state = gathered.folder / "state"
         if is_finished(state, STATE, self._inputs(rank)):
-            return gathered, gathered.load()
+            return gathered, gathered.resume()
         shutil.rmtree(gathered.folder, ignore_errors=True)
         return gathered, first
 
@@ -251,15 +251,15 @@ def _records(
         record["histogram"] = statistics.histogram[features]
 
         top = best_pairs(of_token, of_token.total, features, d_vocab, TOP_TOKENS)
-        record["token_id"], record["token_count"] = top.second, top.count
-        record["token_mean"] = (top.total / top.count.clip(min=1)).clip(max=np.finfo(np.float16).max)
-        following = best_pairs(of_next, of_next.count, features, d_vocab, NEXT_TOKENS)
-        record["next_id"], record["next_count"] = following.second, following.count
+        record["token_id"], record["token_count"] = top.second, top.times
+        record["token_mean"] = (top.total / top.times.clip(min=1)).clip(max=np.finfo(np.float16).max)
+        following = best_pairs(of_next, of_next.times, features, d_vocab, NEXT_TOKENS)
+        record["next_id"], record["next_count"] = following.second, following.times
         sampled = gathered.coactive.count
         first, second = np.divmod(of_pair.key, d_sae)
-        likeness = jaccard(of_pair.count, sampled[first], sampled[second])
+        likeness = jaccard(of_pair.times, sampled[first], sampled[second])
         together = best_pairs(of_pair, likeness, features, d_sae, COACTIVE)
-        record["coactive_id"], record["coactive_count"] = together.second, together.count
+        record["coactive_id"], record["coactive_count"] = together.second, together.times
 
         for name, values in gathered.strongest.examples(features).items():
             record[f"top_{name}"] = values
@@ -276,7 +276,7 @@ def _records(
         for name in ("position", "scale", "window"):
             record[f"miss_{name}"] = _taken(misses[name], chosen, name == "position")
 
-        followed = of_next.count
+        followed = of_next.times
         column["tags"] = tag_bits(
             {
                 "silence": (count == 0).astype(np.float64),
@@ -335,8 +335,8 @@ def _entropy(of_token: Run, features: slice, d_vocab: int) -> np.ndarray:
     """−Σ p log2 p over the tokens at which each feature fires: float64 ``[n]``."""
     first = of_token.key // d_vocab - features.start
     n = features.stop - features.start
-    count = np.bincount(first, weights=of_token.count, minlength=n)
-    surprise = np.bincount(first, weights=of_token.count * np.log2(of_token.count.clip(min=1)), minlength=n)
+    count = np.bincount(first, weights=of_token.times, minlength=n)
+    surprise = np.bincount(first, weights=of_token.times * np.log2(of_token.times.clip(min=1)), minlength=n)
     return np.log2(count.clip(min=1)) - surprise / count.clip(min=1)
 
 
@@ -346,14 +346,14 @@ def _most_per_feature(of_token: Run, features: slice, d_vocab: int) -> np.ndarra
     most = np.zeros(features.stop - features.start)
     starts = group_starts(first)
     if len(starts):
-        most[first[starts]] = np.maximum.reduceat(of_token.count, starts)
+        most[first[starts]] = np.maximum.reduceat(of_token.times, starts)
     return most
 
 
 def _count_where(of_token: Run, holds: np.ndarray, features: slice, d_vocab: int) -> np.ndarray:
     first, token = np.divmod(of_token.key, d_vocab)
     n = features.stop - features.start
-    return np.bincount(first - features.start, weights=of_token.count * holds[token], minlength=n)
+    return np.bincount(first - features.start, weights=of_token.times * holds[token], minlength=n)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

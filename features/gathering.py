@@ -110,7 +110,7 @@ class Gathering:
                 for path in set(pairs.folder.iterdir()) - pairs.files:
                     path.unlink()
 
-    def load(self) -> int:
+    def resume(self) -> int:
         """Take up what was saved in its folder; how many blocks that covers."""
         state = self.folder / "state"
         manifest = read_manifest(state, STATE)
@@ -142,10 +142,7 @@ class Gathering:
                 mine.merge(theirs, features)
         for name in ("vocabulary_count", "special", "outlier"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
-        mine, theirs = self.statistics, later.statistics
-        for name in ("count", "total", "squares", "histogram"):
-            setattr(mine, name, getattr(mine, name) + getattr(theirs, name))
-        mine.max = np.maximum(mine.max, theirs.max)
+        self.statistics.merge(later.statistics)
         for name, pairs in self._pairs.items():
             pairs.absorb(later._pairs[name])
 
@@ -173,7 +170,7 @@ class Gathering:
 
     def _load(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
         target = self if part == "own" else getattr(self, part)
-        if hasattr(target, "load") and part != "own":
+        if isinstance(target, ExampleTable | Places):
             target.load(arrays)
             return
         for name, array in arrays.items():

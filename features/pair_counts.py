@@ -23,12 +23,12 @@ _PAIRS_AT_ONCE = 1 << 20  # of every run, when files are merged
 class Run(NamedTuple):
     """Sums for pairs, by ascending key, each once.
 
-    key: int64 ``[m]``, first · n_second + second. count: int64 ``[m]``. total: float64 ``[m]``, what was summed; empty
+    key: int64 ``[m]``, first · n_second + second. times: int64 ``[m]``, how often it occurred. total: float64 ``[m]``, what was summed; empty
         where nothing is.
     """
 
     key: np.ndarray
-    count: np.ndarray
+    times: np.ndarray
     total: np.ndarray
 
 
@@ -116,7 +116,7 @@ class PairCounts:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        return Run._fields if self.summed else ("key", "count")
+        return Run._fields if self.summed else ("key", "times")
 
     def _open(self, path: Path) -> Run:
         columns = [read_array(_file(path, column)) for column in self._columns]
@@ -178,11 +178,11 @@ class PairCounts:
 class Best(NamedTuple):
     """The best partners of each of n first members: ``[n, most]`` arrays.
 
-    second: int32, -1 where there are fewer. count: int64. total: float64 (zeros where nothing was summed).
+    second: int32, -1 where there are fewer. times: int64. total: float64 (zeros where nothing was summed).
     """
 
     second: np.ndarray
-    count: np.ndarray
+    times: np.ndarray
     total: np.ndarray
 
 
@@ -200,7 +200,7 @@ def best_pairs(run: Run, merit: np.ndarray, features: slice, n_second: int, most
     place = place_in_group(first)  # keys ascend, so they are grouped by first member before and after
     order, place = order[place < most], place[place < most]
     at = first[order], place
-    best.second[at], best.count[at] = second[order], run.count[order]
+    best.second[at], best.times[at] = second[order], run.times[order]
     if len(run.total):
         best.total[at] = run.total[order]
     return best
@@ -222,9 +222,9 @@ def _merged(runs: list[Run]) -> Run:
         return runs[0]
     if not runs:
         return Run(np.zeros(0, np.int64), np.zeros(0, np.int64), _NO_TOTAL)
-    key, count, total = (np.concatenate(columns) for columns in zip(*runs, strict=True))
+    key, times, total = (np.concatenate(columns) for columns in zip(*runs, strict=True))
     order = np.argsort(key, kind="stable")  # sorted runs: a merge
-    return _summed(Run(key[order], count[order], total[order] if len(total) else _NO_TOTAL))
+    return _summed(Run(key[order], times[order], total[order] if len(total) else _NO_TOTAL))
 
 
 def _counted(key: np.ndarray, value: np.ndarray) -> Run:
@@ -238,5 +238,5 @@ def _summed(run: Run) -> Run:
     """Add up entries with the same key; ``run.key`` is ascending."""
     starts = group_starts(run.key)
     total = np.add.reduceat(run.total, starts) if len(run.total) else _NO_TOTAL
-    count = np.add.reduceat(run.count, starts) if len(starts) else run.count[:0]
-    return Run(run.key[starts], count, total)
+    times = np.add.reduceat(run.times, starts) if len(starts) else run.times[:0]
+    return Run(run.key[starts], times, total)

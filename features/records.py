@@ -4,6 +4,7 @@ import io
 import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,22 +26,26 @@ def write_records(path: Path, dtype: np.dtype, shape: tuple[int, ...], blocks: I
         np.lib.format.write_array_header_1_0(header, described)
         yield header.getvalue()
         for block in blocks:
-            yield memoryview(np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8))
+            yield np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8).data
 
     write_parts(path, parts())
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Map a ``.npy`` file into memory.
+    """Map a ``.npy`` file into memory; ``np.load`` takes three times as long, and a page reads a dozen files.
 
     Raises:
         InputError: it is missing or damaged.
     """
     try:
-        array = np.asarray(np.load(path, mmap_mode="r"))  # items of a memmap object cost ten times as much
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("written by another version of numpy")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.ndarray(shape, dtype, mapped, file.tell())
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise InputError(f"{path} cannot be read ({error}): build the index again.") from None
-    return array
 
 
 def read_ahead(array: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
@@ -49,12 +54,14 @@ def read_ahead(array: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
     Args:
         first, last: int64 ``[n]``, the items that each range begins with and ends before.
     """
-    mapped = array
+    mapped: Any = array
     while isinstance(mapped, np.ndarray):
         mapped = mapped.base
     if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
         return
-    start = array.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    start = (
+        array.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    )
     pages = (start + np.concatenate([first, last - 1]) * array.itemsize) // mmap.PAGESIZE
     for page in set(pages.tolist()):
         mapped.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)

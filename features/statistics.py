@@ -85,6 +85,12 @@ class ActivationStatistics:
         cell += histogram_bin(firings.value)
         self.histogram += np.bincount(cell, minlength=self.histogram.size).reshape(self.histogram.shape)
 
+    def merge(self, other: "ActivationStatistics") -> None:
+        """Add what another process counted."""
+        for name in ("count", "total", "squares", "histogram"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max = np.maximum(self.max, other.max)
+
     @property
     def mean(self) -> np.ndarray:
         """float64 ``[d_sae]``, over firings; 0 where nothing fired."""

@@ -18,6 +18,8 @@ from activations.progress import Progress, silent
 from features.records import read_array, write_records
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from activations.models import LanguageModel
     from sae.model import SparseAutoencoder
 
@@ -118,7 +120,8 @@ def build_weights(
                 rows = sae.W_dec[start : start + _FEATURES_AT_ONCE]
                 records = np.zeros(len(rows), dtype)
                 if reading is not None:
-                    lens = logit_lens(rows, *reading, LENS_TOKENS)
+                    gain, unembedding = reading
+                    lens = logit_lens(rows, gain, unembedding, LENS_TOKENS)
                     for name in lens._fields:
                         _put(records[name], getattr(lens, name).numpy(), -1 if name.endswith("_id") else 0)
                 if directions is not None:
@@ -145,7 +148,7 @@ def _put(field: np.ndarray, values: np.ndarray, missing: float) -> None:
     field[:, : values.shape[1]] = values if limit is None else values.clip(-limit, limit)
 
 
-def _unembedding(model: "LanguageModel", sae: "SparseAutoencoder") -> Any:
+def _unembedding(model: "LanguageModel", sae: "SparseAutoencoder") -> "tuple[Tensor, Tensor] | None":
     """Gain of the final norm and W_U; None where features write off the residual stream, or the norm is not known."""
     if not _RESIDUAL.search(sae.hook_out) or sae.d_out != model.d_model:
         return None
