@@ -233,15 +233,6 @@ class Labels:
         with self._file.reading() as connection:
             return label_table(connection)
 
-    def search(self, text: str) -> list[Label]:
-        """Labels whose text or note contains ``text``, in whatever case, in the order of features."""
-        wanted = text.casefold()
-        return [
-            label
-            for label in self.all().values()
-            if wanted in label.text.casefold() or wanted in label.note.casefold()
-        ]
-
     def set(
         self, feature: int, text: str, *, author: str = "", note: str | None = None, pattern: str = ""
     ) -> int | None:

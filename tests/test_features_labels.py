@@ -89,7 +89,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 
 def test_reading_makes_no_file(tmp_path: Path) -> None:
     labels = Labels.open(tmp_path / "none" / "labels.sqlite")
-    assert (labels.get(0), labels.automatic(0), labels.all(), labels.search("x")) == (None, None, {}, [])
+    assert (labels.get(0), labels.automatic(0), labels.all()) == (None, None, {})
     assert (labels.inputs, labels.history(0), labels.notes(0), labels.starred()) == (None, [], [], [])
     assert (labels.lists(), labels.change(), labels.changed_since(0)) == ({}, 0, set())
     assert (list(labels.table().columns), len(labels.table())) == (list(TABLE_COLUMNS), 0)
@@ -182,30 +182,6 @@ def test_inputs_say_what_the_automatic_labels_were_made_from(labels: Labels) -> 
     assert labels.inputs == {}
     labels.put_automatic([SELF], {"sae": "abc"})
     assert labels.inputs == {"sae": "abc"}
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("SELF", [3]),
-        ("‹", [3, 5]),
-        ("%", [7]),
-        ("_", [7]),
-        ("straße", [8]),
-        ("note", [8]),
-        ("zzz", []),
-        ("", [3, 5, 7, 8]),
-    ],
-)
-def test_search_finds_substrings_literally_in_any_case(labels: Labels, text: str, found: list[int]) -> None:
-    labels.set(7, "100 %_d")
-    labels.set(8, "STRASSE", note="A Note")
-    assert [label.feature for label in labels.search(text)] == found
-
-
-def test_search_sees_the_label_that_is_shown(labels: Labels) -> None:
-    labels.set(3, "the receiver")
-    assert labels.search("self") == []
 
 
 def test_stars(labels: Labels) -> None:

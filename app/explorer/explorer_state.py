@@ -2,6 +2,7 @@
 
 import random
 import sys
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -9,6 +10,9 @@ from activations.errors import InputError
 from app.explorer.explorer_style import escape_markdown
 from features.labels import Label
 from features.run import Feature, Run, open_run
+
+if TYPE_CHECKING:
+    from features.tables import FeatureTable
 
 LONGEST_TEXT_IN_LINK = 2000  # characters; browsers and servers cut longer addresses
 
@@ -98,3 +102,10 @@ def name_of(run: Run, feature: int) -> str:
     """A feature's label with its score, or that it has none."""
     label = run.labels.get(feature)
     return label.summary if label and label.text else "no label"
+
+
+def read_as(found: "FeatureTable") -> str:
+    """How a search read words that stand nowhere as they were typed; empty if all do."""
+    return " ".join(
+        f"“{word}” was read as {', '.join(words)}." for word, words in found.attrs.get("read_as", {}).items()
+    )

@@ -298,7 +298,7 @@ def _coactive(feature: Feature) -> str:
         ]
         for other in feature.coactive[:NEIGHBOURS_SHOWN]
     ]
-    hint = "Jaccard: positions where both fire, of those where either does. PMI: how much oftener than by chance, in bits."
+    hint = "Jaccard: positions where both fire, of those where either does. PMI: how far above chance, in bits."
     return part("Fires together with", hint) + table_html(["feature", "Jaccard", "PMI"], rows)
 
 

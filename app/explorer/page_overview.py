@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
+from activations.errors import InputError
 from app.explorer.explorer_charts import density_histogram, feature_scatter
 from app.explorer.explorer_links import feature_address, go
-from app.explorer.explorer_state import the_run, worth
+from app.explorer.explorer_state import complain, read_as, the_run, worth
 from app.explorer.explorer_style import track_html
 from features.html_pieces import Card, cards_html, number, part, percent
 from features.labels import Label
 from features.run import Run
 
 CONTROL_NAMES = {"principal_components": "PCA", "reduced_rank": "linear map", "random_weights": "random SAE"}
+MOST_FOUND = 1000  # features of a search
 STRENGTHS = {"largest": "max", "mean": "mean"}
 
 
@@ -159,7 +161,11 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
 def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> None:
     index = run.index
     st.html(
-        part("Find a feature", "Words of a label or note, or a feature's number; a click on a row opens it.")
+        part(
+            "Find a feature",
+            "Words of labels, top tokens and notes, beginnings (doc*), phrases in quotes, /expressions/, or a feature's"
+            " number; a click on a row opens it.",
+        )
     )
     wanted = st.text_input(
         "Search",
@@ -173,10 +179,14 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
     features = np.arange(index.d_sae) if chosen is None else chosen
     wanted = (wanted or "").strip()
     if wanted:
-        found = {label.feature for label in run.labels.search(wanted)}
-        if wanted.isdigit() and int(wanted) < index.d_sae:
-            found.add(int(wanted))
-        features = np.array([feature for feature in features if feature in found], dtype=np.int64)
+        try:
+            found = index.search(wanted, n=MOST_FOUND)
+        except InputError as error:
+            complain(error)
+            return
+        st.html(f'<p class="hint">{escape(read_as(found))}</p>')
+        matches = found["feature"].to_numpy(dtype=np.int64)
+        features = matches[np.isin(matches, features)]
     else:
         # Well-tested labels first, so that the first screen shows features that mean something.
         features = np.array(
