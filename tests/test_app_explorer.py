@@ -239,7 +239,11 @@ def test_overview_lists_all_features_and_searches(page: Callable[..., AppTest], 
     assert frame.set_index("feature")["max"][5] == pytest.approx(run.feature(5).max)
     assert frame.set_index("feature")["label"][3] == HOSTILE
     found = page("overview", q="‹12›").dataframe[0].value
-    assert list(found["feature"]) == [12]
+    assert 12 in list(found["feature"])
+    assert len(found) < D_SAE
+    with_token = {f for f in range(D_SAE) if "12" in "".join(t.token for t in run.index.top_tokens(f))}
+    assert set(found["feature"]) <= with_token | {12}
+    assert "regular expression" in page("overview", q="/(/").error[0].value
     assert 12 in list(page("overview", q="12").dataframe[0].value["feature"])
 
 
