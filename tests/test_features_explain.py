@@ -112,7 +112,13 @@ def random_text(seed: int, n: int = 400, tokens: int = 4, blocks: int = 8) -> Te
     return Text(rng.integers(0, tokens, n).astype(np.int32), block, block, [*"abcdefgh"[:tokens]])
 
 
-def test_a_table_holds_the_firings_of_every_feature(model: LanguageModel, sae: SparseAutoencoder) -> None:
+@pytest.mark.parametrize("chunk", [50, 1 << 20])
+def test_a_table_holds_the_firings_of_every_feature(
+    model: LanguageModel, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    for name in ("CHUNK_FIRINGS", "ENCODE_POSITIONS"):
+        monkeypatch.setattr(f"features.firings.{name}", chunk)
+    monkeypatch.setattr("features.firings.FIRINGS_PER_FEATURE", 1)
     blocks = text(seed=2)
     found = FiringTable.of(model, sae, blocks)
     fires, kept = firing(model, sae, blocks)
@@ -127,7 +133,11 @@ def test_a_table_holds_the_firings_of_every_feature(model: LanguageModel, sae: S
         )
 
 
-def test_the_control_fires_as_often_at_positions_that_count() -> None:
+@pytest.mark.parametrize("at_once", [100, 1 << 20])
+def test_the_control_fires_as_often_at_positions_that_count(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("features.firing_table._AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     fires = rng.random((300, 4)) < np.array([0.01, 0.3, 0.95, 1.0])
     own = table(fires, kept=rng.random(300) < 0.8, value=rng.random((300, 4)))
