@@ -9,12 +9,13 @@ is saved every :data:`SAVE_EVERY` positions, so that a killed pass goes on where
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from activations.blocks import TokenBlocks
 from activations.errors import InputError
@@ -34,13 +35,14 @@ from activations.store import HookActivations
 from activations.strings import StringTable
 from features.coactive import jaccard
 from features.examples import feature_blocks, quantile_bands
-from features.firings import stream_firings
+from features.firings import stream_firings, usual_outlier_norm
 from features.gathering import STATE, Gathering
-from features.groups import group_starts
+from features.groups import group_starts, run_starts
 from features.index import FeatureIndex
 from features.layout import (
     COACTIVE,
     COLUMNS,
+    COUNTED,
     KIND,
     LAYOUT,
     NEAR_MISSES,
@@ -49,7 +51,7 @@ from features.layout import (
     TOP_TOKENS,
     feature_record,
 )
-from features.pair_counts import Run, best_pairs
+from features.pair_counts import Tally, best_pairs
 from features.records import write_array, write_records
 from features.statistics import HISTOGRAM_EDGES
 from features.tags import tag_bits
@@ -60,7 +62,7 @@ from sae.model import SparseAutoencoder, check_belongs
 SAVE_EVERY = 1 << 20
 """Positions between two saved states."""
 WEIGHTS = "weights"
-"""The folder of the weight index, beside the index and linked into it."""
+"""The folder of the weight index inside that of the index."""
 
 
 def build_index(
@@ -71,6 +73,7 @@ def build_index(
     *,
     activations: HookActivations | None = None,
     inputs: Mapping[str, Any] | None = None,
+    weights_folder: Path | None = None,
     processes: Processes | None = None,
     progress: Progress = silent,
 ) -> FeatureIndex:
@@ -82,6 +85,7 @@ def build_index(
     Args:
         activations: a store that begins with these blocks, read instead of running the model.
         inputs: further facts that decide whether an index on disk is the one asked for.
+        weights_folder: where what the weights tell lies, or is to lie, for other indices of this SAE too.
         processes: those that share the work; by default those that ``torchrun`` started.
 
     Raises:
@@ -91,20 +95,28 @@ def build_index(
     folder = Path(folder)
     _check_belongs(model, sae, blocks, activations)
     described = _described(model, sae, blocks, inputs or {})
+    partial = folder.with_name(f"{folder.name}.partial")
+    processes = processes or started_processes()
     if is_finished(folder, KIND, described):
+        if processes.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # a kill in the last moment may have left it
         return FeatureIndex.open(folder)
     _check_replaceable(folder)
-    processes = processes or started_processes()
     keep_freed_memory()
-    partial = folder.with_name(f"{folder.name}.partial")
     job = _Job(model, sae, blocks, activations, described, partial, processes, progress)
+    lock = FileLock(folder.with_name(f".lock-{folder.name}"), timeout=0)
     no_space = (
         f"The disk has too little room for the feature index in {folder},"
         f" about {sae.d_sae * _bytes_per_feature(blocks) / 1e6:,.1f} MB: free some, or choose a folder on another disk."
     )
-    with room_needed(no_space):
+    with room_needed(no_space), ExitStack() as held:
         if processes.rank == 0:
-            weights = build_weights(model, sae, folder.with_name(WEIGHTS), progress=progress)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(lock)
+            except Timeout:
+                raise InputError(f"Another command is building {folder}: wait for it.") from None
+            weights = build_weights(model, sae, weights_folder or partial / WEIGHTS, progress=progress)
         gathered = job.gather()
         processes.wait()  # until all have saved what they gathered
         if processes.rank == 0:
@@ -140,7 +152,13 @@ class _Job:
         gathered, start = self._resumed(rank, *bounds)
         n_tokens = (bounds[1] - start) * self.blocks.context_length
         stream = stream_firings(
-            self.model, self.sae, self.blocks, self.activations, start=start, stop=bounds[1]
+            self.model,
+            self.sae,
+            self.blocks,
+            self.activations,
+            start=start,
+            stop=bounds[1],
+            outlier_norm=usual_outlier_norm(self.model, self.sae, self.blocks, self.activations),
         )
         unsaved = 0
         # While one stretch of text is encoded, what the one before it told is taken in.
@@ -173,11 +191,13 @@ class _Job:
         return gathered
 
     def _inputs(self, rank: int) -> dict[str, Any]:
-        return {**self.described, "rank": rank, "processes": self.processes.size}
+        source = None if self.activations is None else self.activations.store.manifest["inputs"]["stored_as"]
+        return {**self.described, "rank": rank, "processes": self.processes.size, "stored_as": source}
 
     def _empty(self, rank: int) -> Gathering:
         d_vocab = len(self.model.tokenizer.vocabulary())
-        return Gathering(self.sae.d_sae, d_vocab, self.blocks, self.partial / str(rank))
+        folder = self.partial / str(rank)
+        return Gathering(self.sae.d_sae, d_vocab, self.blocks, folder, self.model.tokenizer.bos_id)
 
     def _resumed(self, rank: int, first: int, last: int) -> tuple[Gathering, int]:
         """What was saved by an earlier call with the same inputs, or nothing, and where to go on."""
@@ -213,6 +233,7 @@ def _write(folder: Path, job: _Job, gathered: Gathering, weights: WeightIndex) -
             split=blocks.split,
             packing=blocks.packing,
             bos=blocks.bos,
+            counted=blocks.counted is not None,
         )
 
 
@@ -245,7 +266,8 @@ def _records(
             features
         ].clip(min=1)
         column["starts"] = gathered.places.starts[features]
-        column["special"], column["outlier"] = gathered.special[features], gathered.outlier[features]
+        for name in ("bos", "special", "outlier", "left_out"):
+            column[name] = getattr(gathered, name)[features]
         column["sampled"] = gathered.coactive.count[features]
         column["entropy"] = _entropy(of_token, features, d_vocab)
         record["histogram"] = statistics.histogram[features]
@@ -276,16 +298,16 @@ def _records(
         for name in ("position", "scale", "window"):
             record[f"miss_{name}"] = _taken(misses[name], chosen, name == "position")
 
-        followed = of_next.times
+        followed, everywhere = of_next.times, count + column["left_out"]
         column["tags"] = tag_bits(
             {
-                "silence": (count == 0).astype(np.float64),
+                "silence": (everywhere == 0).astype(np.float64),
                 "density": count / gathered.n_positions,
                 "one_token": _ratio(_most_per_feature(of_token, features, d_vocab), count),
                 "starts": _ratio(column["starts"], count),
                 "numeric": _ratio(_count_where(of_token, is_numeric, features, d_vocab), count),
                 "whitespace": _ratio(_count_where(of_token, is_space, features, d_vocab), count),
-                "outlier": _ratio(column["outlier"], count + column["outlier"]),
+                "outlier": _ratio(column["outlier"], everywhere),
                 **_weight_measures(weights, of_next, followed, features, d_vocab),
             }
         )
@@ -294,7 +316,7 @@ def _records(
 
 
 def _weight_measures(
-    weights: WeightIndex, of_next: Run, followed: np.ndarray, features: slice, d_vocab: int
+    weights: WeightIndex, of_next: Tally, followed: np.ndarray, features: slice, d_vocab: int
 ) -> dict[str, np.ndarray]:
     """Measures that need the weights: "says" and "duplicate"."""
     measures: dict[str, np.ndarray] = {}
@@ -316,7 +338,7 @@ def _weight_measures(
 
 
 def _taken(values: np.ndarray, places: np.ndarray, is_position: bool) -> np.ndarray:
-    """Those of ``values [n, capacity, …]`` that stand at ``places [n, m]``; nothing, or position -1, where that is -1."""
+    """Those of ``values [n, capacity, …]`` that stand at ``places [n, m]``; 0, or position -1, where that is -1."""
     rows = np.arange(len(values))[:, None]
     taken = values[rows, places.clip(min=0)]
     taken[places < 0] = -1 if is_position else 0
@@ -331,7 +353,7 @@ def _of_own_tokens(position: np.ndarray, ids: np.ndarray, token: np.ndarray) -> 
     return np.where(np.take_along_axis(fits, order, axis=1), order, -1)
 
 
-def _entropy(of_token: Run, features: slice, d_vocab: int) -> np.ndarray:
+def _entropy(of_token: Tally, features: slice, d_vocab: int) -> np.ndarray:
     """−Σ p log2 p over the tokens at which each feature fires: float64 ``[n]``."""
     first = of_token.key // d_vocab - features.start
     n = features.stop - features.start
@@ -340,7 +362,7 @@ def _entropy(of_token: Run, features: slice, d_vocab: int) -> np.ndarray:
     return np.log2(count.clip(min=1)) - surprise / count.clip(min=1)
 
 
-def _most_per_feature(of_token: Run, features: slice, d_vocab: int) -> np.ndarray:
+def _most_per_feature(of_token: Tally, features: slice, d_vocab: int) -> np.ndarray:
     """Firings of each feature at the token where it fires most often."""
     first = of_token.key // d_vocab - features.start
     most = np.zeros(features.stop - features.start)
@@ -350,7 +372,7 @@ def _most_per_feature(of_token: Run, features: slice, d_vocab: int) -> np.ndarra
     return most
 
 
-def _count_where(of_token: Run, holds: np.ndarray, features: slice, d_vocab: int) -> np.ndarray:
+def _count_where(of_token: Tally, holds: np.ndarray, features: slice, d_vocab: int) -> np.ndarray:
     first, token = np.divmod(of_token.key, d_vocab)
     n = features.stop - features.start
     return np.bincount(first - features.start, weights=of_token.times * holds[token], minlength=n)
@@ -393,7 +415,7 @@ def _text_arrays(
     blocks: TokenBlocks, vocabulary: list[str], vocabulary_count: np.ndarray
 ) -> dict[str, np.ndarray]:
     documents = blocks.documents.reshape(-1)
-    run_start = np.flatnonzero(np.diff(documents, prepend=documents[:1] - 1))
+    run_start = run_starts(documents)
     words, names = StringTable.of(vocabulary), StringTable.of(blocks.names)
     return {
         "ids": blocks.ids,
@@ -404,6 +426,7 @@ def _text_arrays(
         "vocabulary_offsets": words.offsets,
         "documents": names.text,
         "documents_offsets": names.offsets,
+        **({} if blocks.counted is None else {COUNTED: blocks.counted}),
     }
 
 
@@ -418,6 +441,8 @@ def _check_belongs(
             f"{store.folder} holds activations of {store.hook_name}, and the SAE reads {sae.hook_name}:"
             " give a store of that hook."
         )
+    if store.store.manifest["inputs"]["model"] != model.hash:
+        raise InputError(f"{store.folder} holds activations of other weights than those of {model.name}.")
     n, held = blocks.n_blocks, store.blocks
     same_ids = np.array_equal(held.ids[:n], blocks.ids)
     if not same_ids or not np.array_equal(held.documents[:n], blocks.documents):

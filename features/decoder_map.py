@@ -7,14 +7,14 @@ components only the large differences show: a page that draws it should say whic
 """
 
 import importlib.util
+import io
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from activations.errors import InputError
-from activations.files import read_json, write_json
-from features.records import write_array
-from features.weights import WeightIndex
+from activations.files import write_bytes
+from features.weights import MAP, WeightIndex
 
 if TYPE_CHECKING:
     from sae.model import SparseAutoencoder
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Method = Literal["auto", "umap", "tsne", "pca"]
 MOST_FOR_TSNE = 20_000
 """Features above which t-SNE takes too long on a laptop."""
-_METHOD = "map.json"
 
 
 def map_decoder(
@@ -39,21 +38,27 @@ def map_decoder(
     import torch
 
     chosen = _chosen(method, sae.d_sae)
-    if weights.decoder_map is not None and map_method(weights) == chosen:
-        return weights.decoder_map
+    there = weights.decoder_map
+    if there is not None and _made_by(weights) == (chosen, seed):
+        return there
     directions = torch.nn.functional.normalize(sae.W_dec.float(), dim=1).cpu().numpy()
     points = {"umap": _umap, "tsne": _tsne, "pca": _pca}[chosen](directions, seed)
     points = points - points.mean(axis=0)
     points = (points / max(np.abs(points).max(), 1e-12)).astype(np.float32)
-    write_array(weights.folder / "map.npy", points)
-    write_json(weights.folder / _METHOD, {"method": chosen, "seed": seed})
+    buffer = io.BytesIO()
+    np.savez(buffer, points=points, method=np.array(chosen), seed=np.array(seed))
+    write_bytes(weights.folder / MAP, buffer.getvalue())
     return points
 
 
 def map_method(weights: WeightIndex) -> str | None:
     """By which method the map that is there was made; None without one."""
-    path = weights.folder / _METHOD
-    return str(read_json(path)["method"]) if weights.decoder_map is not None and path.is_file() else None
+    return None if weights.decoder_map is None else _made_by(weights)[0]
+
+
+def _made_by(weights: WeightIndex) -> tuple[str, int]:
+    with np.load(weights.folder / MAP) as file:
+        return str(file["method"]), int(file["seed"])
 
 
 def _chosen(method: Method, d_sae: int) -> str:

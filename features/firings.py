@@ -35,11 +35,12 @@ ENCODE_POSITIONS = 8_192
 """Positions that are encoded at once: bounds the memory of their activations."""
 CHUNK_FIRINGS = 1 << 20
 FIRINGS_PER_FEATURE = 32
-"""Firings that are sorted at once, and at least so many for each feature: with fewer, more time goes into merging what was
-kept before."""
+"""Firings that are sorted at once, and at least so many for each feature: with fewer, more time goes into merging what
+was kept before."""
 
 OUTLIER_FACTOR = 10
-"""Norms above so many times the median make no example, where the SAE sets no bound of its own."""
+NORM_BLOCKS = 16
+"""Norms above so many times the median of the first blocks are outliers, where the SAE sets no bound of its own."""
 
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -54,24 +55,24 @@ class Firings:
         feature: int64 ``[m]``.
         position: int64 ``[m]``, block · context_length + place in the block.
         value: float32 ``[m]``, the activations, all positive.
-        order: int64 ``[m]``, where each entry stood among the codes, which are in the order of positions.
         kept: int64 ``[n]``, the positions that count, ascending, whether anything fired there or not.
         context_length: positions per block.
         special, outlier: int64, the features that fire at positions that are left out as special tokens or for their
-            norm; each once for every such position.
-        barred: int64, ascending: positions that count, since the SAE was trained on them, but would make no telling
-            example: special tokens, and norms above ten times the median.
+            norm; each once for every such position. special_id: int64, which token that is.
+        kept_special, kept_outlier: int64, ascending: special tokens and outliers that count, since the SAE was trained
+            on them, but make no telling example.
     """
 
     feature: np.ndarray
     position: np.ndarray
     value: np.ndarray
-    order: np.ndarray
     kept: np.ndarray
     context_length: int
     special: np.ndarray
+    special_id: np.ndarray
     outlier: np.ndarray
-    barred: np.ndarray
+    kept_special: np.ndarray
+    kept_outlier: np.ndarray
 
     @classmethod
     def of(
@@ -80,8 +81,10 @@ class Firings:
         kept: np.ndarray,
         context_length: int,
         special: np.ndarray = _NONE,
+        special_id: np.ndarray = _NONE,
         outlier: np.ndarray = _NONE,
-        barred: np.ndarray = _NONE,
+        kept_special: np.ndarray = _NONE,
+        kept_outlier: np.ndarray = _NONE,
     ) -> "Firings":
         """Group ``codes`` of n rows by feature; ``kept`` int64 ``[n]`` is the position of each row.
 
@@ -98,7 +101,14 @@ class Firings:
         order = packed & 0xFFFFFFFF
         packed >>= 32
         value = values[order].astype(np.float32, copy=False)
-        return cls(packed, kept[rows[order]], value, order, kept, context_length, special, outlier, barred)
+        position = kept[rows[order]]
+        apart = special, special_id, outlier, kept_special, kept_outlier
+        return cls(packed, position, value, kept, context_length, *apart)
+
+    @cached_property
+    def barred(self) -> np.ndarray:
+        """Positions that make no example: int64, ascending."""
+        return np.union1d(self.kept_special, self.kept_outlier)
 
     @cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +186,7 @@ def stream_firings(
     *,
     start: int = 0,
     stop: int | None = None,
+    outlier_norm: float = float("inf"),
 ) -> Generator[tuple[Firings, int], None, None]:
     """The firings of ``sae`` on ``blocks``, in order; positions that training excludes are left out.
 
@@ -183,6 +194,7 @@ def stream_firings(
         store: holds the activations of these blocks (it may hold more); ``model`` computes them when None. Those at a
             transcoder's other hook, whose norms exclude positions too, are from the same store if it has them.
         start, stop: the range of blocks that is read; all by default.
+        outlier_norm: see :func:`usual_outlier_norm`.
 
     Yields:
         firings, and how many blocks have been read since the last ones. A stream that starts where these end yields
@@ -193,7 +205,9 @@ def stream_firings(
     encoded = (
         _Encoded.of(sae, group)
         for group in _grouped(
-            _rows(model, sae, blocks, store, start, stop), ENCODE_POSITIONS, lambda rows: len(rows.kept)
+            _rows(model, sae, blocks, store, start, stop, outlier_norm),
+            ENCODE_POSITIONS,
+            lambda rows: len(rows.kept),
         )
     )
     done = start
@@ -203,21 +217,26 @@ def stream_firings(
             np.concatenate([part.kept for part in group]),
             blocks.context_length,
             np.concatenate([part.special for part in group]),
+            np.concatenate([part.special_id for part in group]),
             np.concatenate([part.outlier for part in group]),
-            np.concatenate([part.barred for part in group]),
+            np.concatenate([part.kept_special for part in group]),
+            np.concatenate([part.kept_outlier for part in group]),
         )
         yield firings, group[-1].reached - done
         done = group[-1].reached
 
 
 class _Rows(NamedTuple):
-    """Activations of a few blocks: kept int64 ``[n]``, the positions that count, which of them make no example, and
-    theirs ``[n, d_in]``; those of special tokens and of outliers; and the block that comes next."""
+    """Activations of a few blocks: kept int64 ``[n]``, the positions that count, which of them are special tokens or
+    outliers, and theirs ``[n, d_in]``; those of special tokens and outliers that are left out; and the block that comes
+    next."""
 
     kept: np.ndarray
-    barred: np.ndarray
+    kept_special: np.ndarray
+    kept_outlier: np.ndarray
     x: Tensor
     special: Tensor
+    special_id: np.ndarray
     outlier: Tensor
     reached: int
 
@@ -228,8 +247,10 @@ class _Encoded(NamedTuple):
     kept: np.ndarray
     codes: SparseCodes
     special: np.ndarray
+    special_id: np.ndarray
     outlier: np.ndarray
-    barred: np.ndarray
+    kept_special: np.ndarray
+    kept_outlier: np.ndarray
     reached: int
 
     @classmethod
@@ -237,17 +258,24 @@ class _Encoded(NamedTuple):
         def joined(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts).to(sae.b_dec)
 
-        def features(parts: list[Tensor]) -> np.ndarray:
+        def firing(parts: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+            """Rows and features of the entries."""
             x = joined(parts)
-            found: np.ndarray = sae.encode(x).entries()[1].cpu().numpy() if len(x) else _NONE
-            return found
+            if not len(x):
+                return _NONE, _NONE
+            rows, features, _ = sae.encode(x).entries()
+            return rows.cpu().numpy(), features.cpu().numpy()
 
+        rows_of_special, special = firing([rows.special for rows in group])
+        special_id = np.concatenate([rows.special_id for rows in group])[rows_of_special]
         return cls(
             np.concatenate([rows.kept for rows in group]),
             sae.encode(joined([rows.x for rows in group])),
-            features([rows.special for rows in group]),
-            features([rows.outlier for rows in group]),
-            np.concatenate([rows.barred for rows in group]),
+            special,
+            special_id,
+            firing([rows.outlier for rows in group])[1],
+            np.concatenate([rows.kept_special for rows in group]),
+            np.concatenate([rows.kept_outlier for rows in group]),
             group[-1].reached,
         )
 
@@ -259,6 +287,7 @@ def _rows(
     store: HookActivations | None,
     start: int,
     stop: int,
+    outlier_norm: float,
 ) -> Iterator[_Rows]:
     exclusions = {
         hook_name: rule
@@ -268,7 +297,6 @@ def _rows(
     }
     rule = exclusions[sae.hook_name]
     all_special, exclude_special = sorted(model.tokenizer.special_ids), bool(rule.special_ids)
-    bounded = rule.max_norm < float("inf")
     for first, found in _activations(model, list(exclusions), blocks, store, start, stop):
         x = found[sae.hook_name]
         last = first + len(x)
@@ -276,17 +304,29 @@ def _rows(
         kept = np.flatnonzero(counts.cpu().numpy()) + first * blocks.context_length
         left_out = counted_positions(blocks, first, last).to(x.device) & ~counts
         is_special = torch.from_numpy(np.isin(blocks.ids[first:last], all_special)).to(x.device)
-        barred = kept[_makes_no_example(x[counts], is_special[counts], bounded)]
-        by_id = is_special & exclude_special
-        yield _Rows(kept, barred, x[counts], x[left_out & by_id], x[left_out & ~by_id], last)
+        special = is_special[counts].cpu().numpy()
+        outlier = (norms(x[counts]) > outlier_norm).cpu().numpy() & ~special
+        by_id = left_out & is_special & exclude_special
+        ids = blocks.ids[first:last].astype(np.int64)[by_id.cpu().numpy()]
+        apart = x[by_id], ids, x[left_out & ~by_id]
+        yield _Rows(kept, kept[special], kept[outlier], x[counts], *apart, last)
 
 
-def _makes_no_example(x: Tensor, is_special: Tensor, bounded: bool) -> np.ndarray:
-    """Of rows that count, ``x [n, d_in]``: special tokens, and outliers where training set no bound to the norm."""
-    if not bounded and len(x):
-        length = norms(x)
-        is_special = is_special | (length > OUTLIER_FACTOR * length.median())
-    return is_special.cpu().numpy()
+def usual_outlier_norm(
+    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None = None
+) -> float:
+    """The norm above which a position is an outlier where the SAE sets no bound of its own: OUTLIER_FACTOR times the
+    median of the first blocks' norms, special tokens left out; infinite where the SAE does set one."""
+    rule = sae.exclusions(model.tokenizer)[sae.hook_name]
+    if rule.max_norm < float("inf"):
+        return float("inf")
+    stop = min(NORM_BLOCKS, blocks.n_blocks)
+    found = [x[sae.hook_name] for _, x in _activations(model, [sae.hook_name], blocks, store, 0, stop)]
+    counts = counted_positions(blocks, 0, stop) & torch.from_numpy(
+        ~np.isin(blocks.ids[:stop], sorted(model.tokenizer.special_ids))
+    )
+    x = torch.cat(found)[counts.to(found[0].device)]
+    return OUTLIER_FACTOR * float(norms(x).median()) if len(x) else float("inf")
 
 
 def _activations(

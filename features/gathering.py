@@ -19,6 +19,7 @@ from features.examples import (
     strength_rank,
 )
 from features.firings import Firings
+from features.groups import run_starts
 from features.layout import NEAR_MISSES, TOP_EXAMPLES
 from features.near_misses import near_misses
 from features.pair_counts import PairCounts
@@ -37,16 +38,20 @@ class Gathering:
     """What one pass over (a part of) the text gathers about all features.
 
     Args:
-        folder: where it may keep files.
+        folder: where it may keep files. bos_id: the beginning-of-text token, if there is one.
     """
 
-    def __init__(self, d_sae: int, d_vocab: int, blocks: TokenBlocks, folder: Path) -> None:
+    def __init__(
+        self, d_sae: int, d_vocab: int, blocks: TokenBlocks, folder: Path, bos_id: int | None
+    ) -> None:
         self.folder = folder
+        self._bos_id = -1 if bos_id is None else bos_id
         self.n_positions = 0
-        self.n_special = self.n_outlier = 0
         self.vocabulary_count = np.zeros(d_vocab, dtype=np.int64)
+        self.bos = np.zeros(d_sae, dtype=np.int64)
         self.special = np.zeros(d_sae, dtype=np.int64)
         self.outlier = np.zeros(d_sae, dtype=np.int64)
+        self.left_out = np.zeros(d_sae, dtype=np.int64)
         self.statistics = ActivationStatistics(d_sae)
         self.strongest = ExampleTable(d_sae, TOP_EXAMPLES, one_per_document=True)
         self.sample = ExampleTable(d_sae, SAMPLE, one_per_document=False)
@@ -63,8 +68,11 @@ class Gathering:
     def add(self, firings: Firings) -> None:
         """Take the next stretch of text."""
         d_sae = len(self.special)
+        left_out = np.concatenate([firings.special, firings.outlier])
+        self.left_out += np.bincount(left_out, minlength=d_sae)
         self.special += np.bincount(firings.special, minlength=d_sae)
         self.outlier += np.bincount(firings.outlier, minlength=d_sae)
+        self.bos += np.bincount(firings.special[firings.special_id == self._bos_id], minlength=d_sae)
         self.n_positions += len(firings.kept)
         if not len(firings.kept):
             return
@@ -83,8 +91,13 @@ class Gathering:
 
         strength, sampled = strength_rank(value), sampling_rank(feature, position)
         if len(firings.barred):
-            barred = np.isin(position, firings.barred)
-            strength[barred] = sampled[barred] = UNUSED
+            is_special, is_outlier = (
+                np.isin(position, places) for places in (firings.kept_special, firings.kept_outlier)
+            )
+            self.special += np.bincount(feature[is_special], minlength=d_sae)
+            self.outlier += np.bincount(feature[is_outlier], minlength=d_sae)
+            self.bos += np.bincount(feature[is_special & (token == self._bos_id)], minlength=d_sae)
+            strength[is_special | is_outlier] = sampled[is_special | is_outlier] = UNUSED
         for table, rank in ((self.strongest, strength), (self.sample, sampled)):
             table.add(Candidates(feature, position, value, document, rank), firings)
         own = self.strongest.position
@@ -140,13 +153,14 @@ class Gathering:
         ):
             for features in feature_blocks(len(self.special)):
                 mine.merge(theirs, features)
-        for name in ("vocabulary_count", "special", "outlier"):
+        for name in self._COUNTS:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.statistics.merge(later.statistics)
         for name, pairs in self._pairs.items():
             pairs.absorb(later._pairs[name])
 
     _FACTS = ("n_positions",)
+    _COUNTS = ("vocabulary_count", "bos", "special", "outlier", "left_out")
     _parts = ("own", "statistics", "strongest", "sample", "misses", "places", "coactive")
 
     @property
@@ -155,7 +169,7 @@ class Gathering:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         groups: dict[str, Mapping[str, np.ndarray]] = {
-            "own": {name: getattr(self, name) for name in ("vocabulary_count", "special", "outlier")},
+            "own": {name: getattr(self, name) for name in self._COUNTS},
             "statistics": {
                 name: getattr(self.statistics, name)
                 for name in ("count", "total", "squares", "max", "histogram")
@@ -179,7 +193,7 @@ class Gathering:
 
 def _document_starts(document_of: np.ndarray, n_documents: int) -> np.ndarray:
     """The first position of every document, int64."""
-    begins = np.flatnonzero(np.diff(document_of, prepend=document_of[:1] - 1))
+    begins = run_starts(document_of)
     starts = np.full(n_documents, -1, dtype=np.int64)
     owner = document_of[begins]
     real = owner >= 0

@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from activations.files import read_manifest
 from activations.strings import StringTable
 from activations.tokenizer import byte_pieces
 from features.coactive import Coactive
-from features.layout import KIND, LAYOUT, N_BANDS, QUANTA, TEXT_ARRAYS, WINDOW, WINDOW_BEFORE
+from features.layout import COUNTED, KIND, LAYOUT, N_BANDS, QUANTA, TEXT_ARRAYS, WINDOW, WINDOW_BEFORE
 from features.records import read_ahead, read_array
 from features.statistics import histogram_quantile
 from features.tags import Tag, rules_of
@@ -110,7 +111,10 @@ class FeatureIndex:
         for name in ("columns", "features", *TEXT_ARRAYS):
             if not (folder / f"{name}.npy").is_file():
                 raise InputError(f"{folder} lacks {name}.npy: build the index again.")
-        return cls(folder, manifest)
+        index = cls(folder, manifest)
+        # All files of one index are mapped now: it may be built anew while this one is in use.
+        _ = index._columns, index._records, index._text, index.weights.records, index.blocks
+        return index
 
     def of_run(self, run: "Run") -> "FeatureIndex":
         """The same index, which knows the run it belongs to: its model, SAE and labels."""
@@ -219,7 +223,7 @@ class FeatureIndex:
     def weights(self) -> WeightIndex:
         """What the weights alone tell."""
         beside = self.folder.parent / "weights"
-        if beside.is_dir():
+        with suppress(InputError):  # there may be anything
             found = WeightIndex.open(beside)
             if found.manifest["inputs"]["sae_hash"] == self.sae_hash:
                 return found
@@ -242,8 +246,13 @@ class FeatureIndex:
         starts = self._text["run_start"]
         documents = np.repeat(self._text["run_document"], np.diff(starts, append=ids.size))
         facts = {name: self.manifest[name] for name in ("split", "packing", "bos")}
+        counted = read_array(self.folder / f"{COUNTED}.npy") if self.manifest["counted"] else None
         return TokenBlocks(
-            ids=ids, documents=documents.reshape(ids.shape), names=list(self._documents), **facts
+            ids=ids,
+            documents=documents.reshape(ids.shape),
+            names=list(self._documents),
+            counted=counted,
+            **facts,
         )
 
     @cached_property
@@ -262,7 +271,10 @@ class FeatureIndex:
         )
 
     def top_examples(self, feature: int, width: int = WINDOW) -> list[Example]:
-        """The strongest firings, strongest first, at most one per document, ``width`` tokens around each."""
+        """The strongest firings, strongest first, at most one per document, ``width`` tokens around each.
+
+        More than WINDOW tokens are read and encoded again, which needs the run that the index belongs to.
+        """
         return self._examples("top", self._checked(feature), width)
 
     def near_misses(self, feature: int, width: int = WINDOW) -> list[Example]:
@@ -308,7 +320,8 @@ class FeatureIndex:
             if rule.name == "duplicate":
                 about = f" of {self.neighbours(feature)[0][0]}"
             elif rule.name == "single token":
-                about = f" ‹{visible(self.top_tokens(feature)[0].token)}›"
+                most = max(self.top_tokens(feature), key=lambda token: token.count)
+                about = f" ‹{visible(most.token)}›"
             elif rule.name == "says":
                 promoted = {token_id for _, token_id, _ in self.promoted(feature)}
                 said = [token for token in self.next_tokens(feature) if token.token_id in promoted]
@@ -350,6 +363,8 @@ class FeatureIndex:
         Of an SAE too wide to keep those of all features they are worked out now.
         """
         feature = self._checked(feature)
+        if self.d_sae == 1:
+            return []
         if not self.weights.has_neighbours:
             from features.weights import neighbours_of
 
@@ -435,10 +450,14 @@ class FeatureIndex:
         return b"".join(bytes.fromhex(part) if i % 2 else part.encode() for i, part in enumerate(parts))
 
     def _examples(self, group: str, feature: int, width: int, band: int | None = None) -> list[Example]:
-        if not 1 <= width <= WINDOW:
-            raise InputError(
-                f"An example {width} tokens wide cannot be shown: the width must be 1 to {WINDOW}."
-            )
+        if width < 1:
+            raise InputError(f"An example {width} tokens wide cannot be shown: the width must be at least 1.")
+        if width > WINDOW:
+            from features.wide import widened
+
+            run = self._of_a_run()
+            kept = self._examples(group, feature, WINDOW, band)
+            return widened(run, kept, feature, width, width * WINDOW_BEFORE // WINDOW)
         record = self._record(feature)
         position, scale, window = (
             record[f"{group}_{name}"] if band is None else record[f"{group}_{name}"][band]

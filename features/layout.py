@@ -17,7 +17,7 @@ A position is block · context_length + place in the block; an unused place has 
 import numpy as np
 
 KIND = "feature index"
-LAYOUT = 2
+LAYOUT = 3
 """Grows when the files change; an index of another layout is built again."""
 
 TOP_EXAMPLES = 20
@@ -49,13 +49,18 @@ COLUMNS = np.dtype(
         ("documents", np.int32),  # in which it fires
         ("first_place", np.float32),  # mean over these of the place of its first firing there, in tokens
         ("starts", np.int32),  # firings at the first position that counts of a block or document
-        ("special", np.int32),  # special tokens at which it fires; these do not count elsewhere
-        ("outlier", np.int32),  # positions left out for their norm at which it fires; likewise
+        # The next three whether training left those positions out or not; how many were left out says the fourth.
+        ("bos", np.int32),  # firings at the beginning-of-text token
+        ("special", np.int32),  # at any special token
+        ("outlier", np.int32),  # where the norm is far above the usual
+        ("left_out", np.int32),  # firings that count nowhere else
         ("sampled", np.int32),  # firings among the positions that co-activation was counted on
         ("tags", np.uint32),  # see features.tags
     ]
 )
 
+COUNTED = "counted"
+"""An array of the text that is there where not every token counts: bool ``[n_blocks, context_length]``."""
 TEXT_ARRAYS = (
     *("ids", "run_start", "run_document", "vocabulary_count"),
     *("vocabulary", "vocabulary_offsets", "documents", "documents_offsets"),

@@ -69,6 +69,7 @@ def decoder_neighbours(directions: Tensor, start: int, n: int, most: int) -> Nei
         most: how many; at most d_sae - 1 are given, nearest first.
     """
     most = min(most, len(directions) - 1)
+    assert most > 0, "one feature has no neighbours"
     tiles = []
     step = _tile_rows(len(directions))
     for first in range(start, start + n, step):

@@ -20,7 +20,7 @@ PAIRS_IN_MEMORY = 2 << 20
 _PAIRS_AT_ONCE = 1 << 20  # of every run, when files are merged
 
 
-class Run(NamedTuple):
+class Tally(NamedTuple):
     """Sums for pairs, by ascending key, each once.
 
     key: int64 ``[m]``, first · n_second + second. times: int64 ``[m]``, how often it occurred. total: float64 ``[m]``, what was summed; empty
@@ -50,7 +50,7 @@ class PairCounts:
         self.summed = summed
         self._waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._n_waiting = 0
-        self._in_memory: list[Run] = []
+        self._in_memory: list[Tally] = []
         self._on_disk: list[tuple[Path, int]] = []  # path without ending, and length
         self._n_written = 0
 
@@ -101,7 +101,7 @@ class PairCounts:
         numbers = [int(name.rsplit("-", 1)[1]) for name, _ in runs]
         self._n_written = max([self._n_written, *(number + 1 for number in numbers)])
 
-    def of_features(self, blocks: Iterator[slice]) -> Iterator[Run]:
+    def of_features(self, blocks: Iterator[slice]) -> Iterator[Tally]:
         """The pairs with a first member in each of consecutive ranges."""
         self.spill()
         files = [self._open(path) for path, _ in self._on_disk]
@@ -116,13 +116,13 @@ class PairCounts:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        return Run._fields if self.summed else ("key", "times")
+        return Tally._fields if self.summed else ("key", "times")
 
-    def _open(self, path: Path) -> Run:
+    def _open(self, path: Path) -> Tally:
         columns = [read_array(_file(path, column)) for column in self._columns]
-        return Run(*columns, *(() if self.summed else (_NO_TOTAL,)))
+        return Tally(*columns, *(() if self.summed else (_NO_TOTAL,)))
 
-    def _put(self, run: Run) -> None:
+    def _put(self, run: Tally) -> None:
         runs = self._in_memory
         runs.append(run)
         while len(runs) > 1 and 2 * len(runs[-1].key) >= len(runs[-2].key):
@@ -140,7 +140,7 @@ class PairCounts:
         newer, older = self._in_memory.pop(), self._in_memory.pop()
         self._in_memory.append(_merged([older, newer]))
 
-    def _to_disk(self, run: Run) -> None:
+    def _to_disk(self, run: Tally) -> None:
         self._write(len(run.key), lambda: iter([run]))
         while len(self._on_disk) > 1 and 2 * self._on_disk[-1][1] >= self._on_disk[-2][1]:
             self._merge_on_disk()
@@ -149,7 +149,7 @@ class PairCounts:
         """Merge the last two files, range by range; the old ones stay until :attr:`files` is asked for."""
         older, newer = (self._open(path) for path, _ in self._on_disk[-2:])
 
-        def ranges() -> Iterator[Run]:
+        def ranges() -> Iterator[Tally]:
             at = [0, 0]
             while any(start < len(run.key) for start, run in zip(at, (older, newer), strict=True)):
                 bound = min(
@@ -165,7 +165,7 @@ class PairCounts:
         del self._on_disk[-2:]
         self._write(length, ranges)
 
-    def _write(self, length: int, runs: Callable[[], Iterator[Run]]) -> None:
+    def _write(self, length: int, runs: Callable[[], Iterator[Tally]]) -> None:
         """One file for each column."""
         path = self.folder / f"run-{self._n_written:06}"
         self._n_written += 1
@@ -186,7 +186,7 @@ class Best(NamedTuple):
     total: np.ndarray
 
 
-def best_pairs(run: Run, merit: np.ndarray, features: slice, n_second: int, most: int) -> Best:
+def best_pairs(run: Tally, merit: np.ndarray, features: slice, n_second: int, most: int) -> Best:
     """For each first member of a range its ``most`` partners with the largest merit; of equals the smaller first.
 
     Args:
@@ -213,30 +213,30 @@ def _file(path: Path, column: str) -> Path:
     return path.with_name(f"{path.name}.{column}.npy")
 
 
-def _between(run: Run, start: int, stop: int) -> Run:
-    return Run(*(column[start:stop] for column in run))
+def _between(run: Tally, start: int, stop: int) -> Tally:
+    return Tally(*(column[start:stop] for column in run))
 
 
-def _merged(runs: list[Run]) -> Run:
+def _merged(runs: list[Tally]) -> Tally:
     if len(runs) == 1:
         return runs[0]
     if not runs:
-        return Run(np.zeros(0, np.int64), np.zeros(0, np.int64), _NO_TOTAL)
+        return Tally(np.zeros(0, np.int64), np.zeros(0, np.int64), _NO_TOTAL)
     key, times, total = (np.concatenate(columns) for columns in zip(*runs, strict=True))
     order = np.argsort(key, kind="stable")  # sorted runs: a merge
-    return _summed(Run(key[order], times[order], total[order] if len(total) else _NO_TOTAL))
+    return _summed(Tally(key[order], times[order], total[order] if len(total) else _NO_TOTAL))
 
 
-def _counted(key: np.ndarray, value: np.ndarray) -> Run:
+def _counted(key: np.ndarray, value: np.ndarray) -> Tally:
     """The run of sorted keys that count 1 each."""
     starts = group_starts(key)
     total = np.add.reduceat(value, starts) if len(value) else _NO_TOTAL
-    return Run(key[starts], np.diff(starts, append=len(key)), total)
+    return Tally(key[starts], np.diff(starts, append=len(key)), total)
 
 
-def _summed(run: Run) -> Run:
+def _summed(run: Tally) -> Tally:
     """Add up entries with the same key; ``run.key`` is ascending."""
     starts = group_starts(run.key)
     total = np.add.reduceat(run.total, starts) if len(run.total) else _NO_TOTAL
     times = np.add.reduceat(run.times, starts) if len(starts) else run.times[:0]
-    return Run(run.key[starts], times, total)
+    return Tally(run.key[starts], times, total)

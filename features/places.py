@@ -44,10 +44,9 @@ class Places:
         kept_document = self._document_of[firings.kept]
         if self._first == PADDING:
             self._first = int(kept_document[0])
-        begins = np.ones(len(firings.kept), dtype=bool)
+        begins = np.ones(len(firings.kept), dtype=bool)  # a stretch of text begins with a block
         begins[1:] = kept_document[1:] != kept_document[:-1]
         begins[1:] |= np.diff(firings.kept // self._context_length) != 0
-        begins[0] = kept_document[0] != self._last or firings.kept[0] % self._context_length == 0
         at_start = np.isin(firings.position, firings.kept[begins], assume_unique=False)
         d_sae = len(self.starts)
         self.starts += np.bincount(firings.feature[at_start], minlength=d_sae)

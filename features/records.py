@@ -2,6 +2,7 @@
 
 import io
 import mmap
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 
 from activations.errors import InputError
 from activations.files import write_parts
+
+_PARSING = threading.Lock()
+"""numpy parses headers with :mod:`ast`, which in CPython 3.11 fails now and then in two threads at once."""
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -41,7 +45,8 @@ def read_array(path: Path) -> np.ndarray:
         with path.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("written by another version of numpy")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            with _PARSING:
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return np.ndarray(shape, dtype, mapped, file.tell())
     except (OSError, ValueError, TypeError, EOFError) as error:

@@ -130,6 +130,11 @@ class Run:
         Raises:
             InputError: it is missing or damaged, or belongs to another SAE.
         """
+        if not (self.folder.score_index / MANIFEST).is_file():
+            raise InputError(
+                f"{self.folder.path} has no index over the score split yet: sae label {self.folder.path} --score-only"
+                " makes it."
+            )
         return self._once("score_index", lambda: self._open_index(self.folder.score_index))
 
     @property
@@ -276,12 +281,8 @@ class Run:
         return sae.to(resolve_device(self._device))
 
     def _open_labels(self) -> Labels:
-        labels = Labels.open(self.folder.labels)
-        if labels.inputs is not None and self._sae_hash() not in (None, labels.inputs.get("sae_hash")):
-            raise InputError(
-                f"{self.folder.labels} holds labels of another SAE: run sae index {self.folder.path}."
-            )
-        return labels
+        sae = self._given_sae
+        return Labels.open(self.folder.labels, sae_hash=self._sae_hash() if sae is None else sae.hash)
 
     def _read_evaluation(self) -> dict[str, Any]:
         evaluation = dict(read_json(self.folder.evaluation))

@@ -1,6 +1,6 @@
 """What the weights alone tell of every feature: ready before any text has been read, and the same for all texts.
 
-The folder holds ``weights.npy``, one record per feature (:func:`weight_record`), and, once it is made, ``map.npy``
+The folder holds ``weights.npy``, one record per feature (:func:`weight_record`), and, once it is made, ``map.npz``
 (:mod:`features.decoder_map`). It is read without torch and without the model.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from activations.errors import InputError
-from activations.files import is_finished, new_folder, read_manifest, room_needed, write_manifest
+from activations.files import MANIFEST, is_finished, new_folder, read_manifest, room_needed, write_manifest
 from activations.progress import Progress, silent
 from features.records import read_array, write_records
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sae.model import SparseAutoencoder
 
 KIND = "weight index"
+MAP = "map.npz"
 LENS_TOKENS = 20
 NEIGHBOURS = 50
 MOST_WITH_NEIGHBOURS = 131_072
@@ -89,8 +90,8 @@ class WeightIndex:
     @property
     def decoder_map(self) -> np.ndarray | None:
         """float32 ``[d_sae, 2]``, a place in the plane for every decoder row; None before it is made."""
-        path = self.folder / "map.npy"
-        return read_array(path) if path.is_file() else None
+        path = self.folder / MAP
+        return np.load(path)["points"] if path.is_file() else None
 
 
 def build_weights(
@@ -99,7 +100,7 @@ def build_weights(
     """Work out what the weights of ``sae`` tell into ``folder``; if that is done already, open it.
 
     Raises:
-        InputError: the disk is full, or ``folder`` cannot be written.
+        InputError: the disk is full, or ``folder`` holds something else.
     """
     import torch
 
@@ -109,6 +110,10 @@ def build_weights(
     inputs = {"sae_hash": sae.hash, "model_hash": model.hash, "hook_name": sae.hook_name}
     if is_finished(folder, KIND, inputs):
         return WeightIndex.open(folder)
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder, KIND)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something other than a {KIND}: move it away.")
     reading = _unembedding(model, sae)
     with_neighbours = 1 < sae.d_sae <= MOST_WITH_NEIGHBOURS
     dtype = weight_record(reading is not None, with_neighbours)
@@ -162,8 +167,8 @@ def neighbours_of(sae: "SparseAutoencoder", feature: int, most: int = NEIGHBOURS
     """(feature, cosine) of the features with the most similar decoder rows, nearest first, worked out now."""
     import torch
 
-    from features.lens import decoder_neighbours
-
-    directions = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-    nearest = decoder_neighbours(directions, feature, 1, most)
-    return list(zip(nearest.feature[0].tolist(), nearest.cosine[0].tolist(), strict=True))
+    rows = sae.W_dec.detach().float()
+    cosines = rows @ rows[feature] / (rows.norm(dim=1) * rows[feature].norm()).clamp_min(1e-12)
+    cosines[feature] = -torch.inf
+    nearest = cosines.topk(min(most, len(rows) - 1))
+    return list(zip(nearest.indices.tolist(), nearest.values.clamp(max=1).tolist(), strict=True))

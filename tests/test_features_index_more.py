@@ -1,6 +1,7 @@
 """What else the index knows, from near misses to tags; and passes over the text that stop, or are shared."""
 
 import json
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killing import ended, forked, kill_at
 from lookup_model import (
     CONTEXT,
     D_SAE,
+    HOOK,
     MAX_NORM,
     OUTLIERS,
     Dense,
@@ -24,13 +27,17 @@ from lookup_model import (
 from tiny_models import END_OF_TEXT, VOCABULARY, one_thread
 
 from activations.blocks import PADDING
+from activations.errors import InputError
 from activations.processes import Processes
+from activations.writer import write_store
 from features import build as build_module
 from features import coactivation as coactivation_module
 from features import firings as firings_module
 from features.index import FeatureIndex
 from features.layout import COACTIVE, N_BINS, NEAR_MISSES, NEXT_TOKENS
 from features.tags import RULES
+from sae.architectures.base import Weights
+from sae.model import SparseAutoencoder
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +107,8 @@ def test_places_entropy_and_what_fires_elsewhere_are_exact(case: Any) -> None:
     is_outlier = np.isin(dense.ids, OUTLIERS) & (x.norm(dim=1).numpy() > MAX_NORM)
     assert (index.column("special") == everywhere[is_special].sum(axis=0)).all()
     assert (index.column("outlier") == everywhere[is_outlier].sum(axis=0)).all()
+    assert (index.column("left_out") == everywhere[is_outlier | is_special].sum(axis=0)).all()
+    assert not index.column("bos").any()  # this tokenizer has none
     for feature in range(D_SAE):
         positions = np.flatnonzero(dense.a[:, feature])
         firsts: dict[int, int] = {}
@@ -167,7 +176,8 @@ def test_tags_follow_their_rules(case: Any) -> None:
         names = {tag.name for tag in index.tags(feature)}
         a = dense.a[:, feature]
         positions = np.flatnonzero(a)
-        assert ("dead" in names) == (len(positions) == 0)
+        left_out = int(index.column("left_out")[feature])
+        assert ("dead" in names) == (len(positions) + left_out == 0)
         assert ("dense" in names) == (len(positions) >= 0.1 * dense.kept.sum())
         cosine = max(c for _, c in index.neighbours(feature))
         assert ("duplicate" in names) == (cosine >= 0.9)
@@ -186,7 +196,7 @@ def test_tags_follow_their_rules(case: Any) -> None:
         said = sum(int(dense.ids[p]) in promoted for p in followed)
         assert ("says" in names) == bool(followed and said >= 0.5 * len(followed))
         outlier = int(index.column("outlier")[feature])
-        assert ("high-norm only" in names) == (outlier >= 0.9 * (outlier + len(positions)))
+        assert ("high-norm only" in names) == (outlier >= 0.9 * (left_out + len(positions)))
     assert {"dead", "dense"} <= {tag.name for f in (0, 1) for tag in index.tags(f)}
     assert all(
         str(rule.threshold)[0] in rule.tooltip or "%" in rule.tooltip or rule.name == "dead" for rule in RULES
@@ -273,6 +283,9 @@ def test_a_pass_over_other_text_does_not_go_on_with_what_is_there(
 def test_processes_share_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Threads stand for processes. Documents go on from one part of the text to the next."""
     sae, blocks = make_sae(), make_blocks(31)
+    for name, value in (("ENCODE_POSITIONS", 100), ("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
+        monkeypatch.setattr(firings_module, name, value)
+    monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 1)
     alone = build(tmp_path / "alone" / "index", blocks, sae)
     together, barrier = tmp_path / "together" / "index", threading.Barrier(size)
     problems: list[BaseException] = []
@@ -317,5 +330,124 @@ def test_the_index_of_another_layout_is_made_again(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["inputs"]["layout"] = 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert build(folder, make_blocks(10), make_sae()).manifest["inputs"]["layout"] == 2
-    assert replace(make_blocks(10)).n_blocks >= 9
+    (folder / "columns.npy").write_bytes(b"of another version")
+    assert build(folder, make_blocks(10), make_sae()).count.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [("write", 3), ("write", 40), ("fsync", 70), ("rename", 60), ("rename", 90)]
+)
+def test_a_killed_pass_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    sae, blocks = make_sae(), make_blocks(40)
+    for name, value in (("ENCODE_POSITIONS", 100), ("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
+        monkeypatch.setattr(firings_module, name, value)
+    monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 2)
+    monkeypatch.setattr(build_module, "SAVE_EVERY", 300)
+    build(tmp_path / "whole" / "index", blocks, sae)
+    folder = tmp_path / "killed" / "index"
+
+    def work() -> None:
+        kill_at(call, number)
+        build(folder, blocks, sae)
+
+    assert ended(forked(work)) == signal.SIGKILL
+    build(folder, blocks, sae)
+    same_files(tmp_path / "whole" / "index", folder)
+    assert not folder.with_name("index.partial").exists()
+
+
+def test_two_commands_do_not_build_one_index_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, stream = tmp_path / "index", build_module.stream_firings
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        with pytest.raises(InputError) as error:
+            build(folder, make_blocks(10), make_sae())
+        assert str(error.value) == f"Another command is building {folder}: wait for it."
+        return stream(*arguments, **options)
+
+    monkeypatch.setattr(build_module, "stream_firings", meanwhile)
+    assert build(folder, make_blocks(10), make_sae()).count.sum() > 0
+
+
+def test_what_lies_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "thesis.pt").write_text("precious")
+    index = build(tmp_path / "index", make_blocks(10), make_sae())
+    assert index.promoted(1)
+    assert (tmp_path / "weights" / "thesis.pt").read_text() == "precious"
+    with pytest.raises(InputError, match="holds something other than a weight index: move it away"):
+        build(tmp_path / "other", make_blocks(10), make_sae(), weights_folder=tmp_path / "weights")
+
+
+def test_an_open_index_stays_what_it_was(tmp_path: Path) -> None:
+    before = build(tmp_path / "index", make_blocks(10), make_sae())
+    other = make_blocks(40, seed=5)
+    build(tmp_path / "index", other, make_sae())
+    fresh = build(tmp_path / "again", make_blocks(10), make_sae())
+    assert (before.count == fresh.count).all()
+    for feature in range(D_SAE):
+        assert before.histogram(feature).sum() == fresh.count[feature]
+        assert before.top_tokens(feature) == fresh.top_tokens(feature)
+
+
+def test_tokens_that_do_not_count_stay_known(tmp_path: Path) -> None:
+    """In a chat only some roles' tokens count."""
+    blocks = make_blocks(20)
+    blocks = replace(blocks, counted=np.random.default_rng(0).random(blocks.ids.shape) < 0.5)
+    index = build(tmp_path / "index", blocks, make_sae())
+    assert index.blocks.hash == blocks.hash
+    assert index.blocks.counted is not None
+    assert (index.blocks.counted == blocks.counted).all()
+
+
+def test_a_single_feature_has_no_neighbours(tmp_path: Path) -> None:
+    sae = make_sae()
+    w = sae.weights
+    one = SparseAutoencoder(
+        replace(sae.config, d_sae=1, k=1),
+        Weights(w.encoder_rows[1:2], w.b_enc[1:2], w.W_dec[1:2], w.b_dec),
+        sae.metadata,
+    )
+    index = build(tmp_path / "index", make_blocks(10), one)
+    assert index.neighbours(0) == index.coactive(0) == []
+    assert index.count[0] > 100
+
+
+def test_a_store_of_other_weights_is_refused(tmp_path: Path) -> None:
+    blocks = make_blocks(10)
+    other = LookupModel()
+    other.hash = "other-weights"
+    store = write_store(other, blocks, [HOOK], tmp_path / "store").at()  # type: ignore[arg-type]
+    with pytest.raises(InputError) as error:
+        build(tmp_path / "index", blocks, make_sae(), activations=store)
+    assert (
+        str(error.value) == f"{tmp_path / 'store'} holds activations of other weights than those of lookup."
+    )
+
+
+def test_wider_surroundings_are_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from features import index as index_module
+
+    sae, blocks = make_sae(), make_blocks(30)
+    index, dense = build(tmp_path / "index", blocks, sae), Dense(sae, blocks)
+    narrow = index.top_examples(5)
+
+    class Run:
+        model = LookupModel()
+
+    Run.sae, Run.index = sae, index  # type: ignore[attr-defined]
+    monkeypatch.setattr(index_module, "WINDOW", 8)  # as if the index had kept less
+    monkeypatch.setattr(index_module, "WINDOW_BEFORE", 5)
+    wide = index.of_run(Run()).top_examples(5, width=30)  # type: ignore[arg-type]
+    assert [e.position for e in wide] == [e.position for e in narrow]
+    for example in wide:
+        row, place = divmod(example.position, CONTEXT)
+        start = max(place - 18, 0)
+        assert example.peak == place - start
+        assert len(example.tokens) == min(
+            30, CONTEXT - start, int((blocks.documents[row] >= 0).sum()) - start
+        )
+        exact = dense.a[row * CONTEXT + start : row * CONTEXT + start + len(example.tokens), 5]
+        assert example.activations.tolist() == exact.tolist()

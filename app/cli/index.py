@@ -33,11 +33,15 @@ class Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     given = parse(Arguments, "index", arguments)
+    from activations.errors import InputError
     from activations.processes import started_processes
     from app.cli.terminal import console, progress, stage
     from features.decoder_map import map_decoder, map_method
     from features.pipeline import Pipeline
 
+    for name in ("tokens", "score_tokens"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, and must be at least 1.")
     pipeline = Pipeline(given.run, progress=progress)
     if given.tokens is not None:
         pipeline.sizes = replace(pipeline.sizes, index_tokens=given.tokens)
