@@ -28,15 +28,20 @@ def strength_rank(value: np.ndarray) -> np.ndarray:
 def sampling_rank(feature: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Ranks in an order that is random, but the same in every run: a hash of feature and position."""
     mixed = splitmix64(splitmix64(position.astype(np.uint64)) ^ feature.astype(np.uint64))
-    return np.minimum(mixed >> np.uint64(64 - RANK_BITS), np.uint64(UNUSED - 1)).astype(np.int64)
+    mixed >>= np.uint64(64 - RANK_BITS)
+    return np.minimum(mixed, np.uint64(UNUSED - 1), out=mixed).view(np.int64)
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """The finaliser of Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators": uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    shifted = x >> np.uint64(30)
+    x ^= shifted
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= np.right_shift(x, np.uint64(27), out=shifted)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
+    return x
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,11 @@ class ExampleTable:
             candidates: later in the text than those before.
             firings: those of their stretch of text, which windows are cut out of.
         """
-        rivals = candidates
+        # Later candidates lose ties, so only a strictly better rank displaces the worst of those kept.
+        worst = self.rank[:, -1].copy()
+        rivals = candidates.take(np.flatnonzero(candidates.rank < worst[candidates.feature]))
         if self.one_per_document:
             rivals = rivals.take(_first_of_document(rivals.feature, rivals.document, rivals.rank))
-        # Later candidates lose ties, so only a strictly better rank displaces the worst of those kept.
-        rivals = rivals.take(np.flatnonzero(rivals.rank < self.rank[rivals.feature, -1]))
         if not len(rivals.feature):
             return
         where, slots, chosen = self._merge(rivals)

@@ -3,48 +3,21 @@
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from activations.progress import Progress, silent
 from features.examples import sampling_rank
-from features.firings import stream_firings
+from features.firings import Encoder, stream_firings
 from features.groups import group_starts, place_in_group
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from activations.blocks import TokenBlocks
-    from activations.exclusion import Exclusion
     from activations.models import LanguageModel
     from activations.store import HookActivations
-    from activations.tokenizer import Tokenizer
-    from sae.codes import SparseCodes
 
 _AT_ONCE = 1 << 21  # firings that the control draws at once: bounds its memory
-
-
-class Encoder(Protocol):
-    """Whatever tells which of its features fire on an activation: an SAE, or a control of one."""
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-
-    @property
-    def hook_name(self) -> str:
-        """Where in the model it reads."""
-
-    @property
-    def b_dec(self) -> "Tensor":
-        """A tensor of the device and number format that :meth:`encode` takes."""
-
-    def exclusions(self, tokenizer: "Tokenizer") -> "dict[str, Exclusion]":
-        """Which positions do not count, by hook."""
-
-    def encode(self, x: "Tensor") -> "SparseCodes":
-        """The codes of activations ``[n, d_in]``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +56,7 @@ class FiringTable:
             task: what ``progress`` is told is going on.
         """
         features, positions, values, kept = [], [], [], []
-        stream = stream_firings(model, encoder, blocks, store)  # type: ignore[arg-type]
+        stream = stream_firings(model, encoder, blocks, store)
         with progress(task, total=blocks.ids.size, unit="tokens") as step, closing(stream):
             for firings, n_blocks in stream:
                 features.append(firings.feature.astype(np.int32))

@@ -5,9 +5,10 @@ positions, grouped by feature. Nothing is ever dense in features.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,21 +19,19 @@ from activations.capture import (
     BlockRanges,
     blocks_per_batch,
     capture_range,
-    capture_ranges,
     counted_positions,
+    in_order,
     kept_at_all,
 )
 from activations.errors import InputError
-from activations.exclusion import norms
+from activations.exclusion import Exclusion, norms
 from activations.models import LanguageModel
 from activations.store import HookActivations
+from activations.tokenizer import Tokenizer
 from features.groups import group_starts
 from features.layout import QUANTA, WINDOW, WINDOW_BEFORE
 from sae.codes import SparseCodes
-from sae.model import SparseAutoencoder
 
-ENCODE_POSITIONS = 8_192
-"""Positions that are encoded at once: bounds the memory of their activations."""
 CHUNK_FIRINGS = 1 << 20
 FIRINGS_PER_FEATURE = 32
 """Firings that are sorted at once, and at least so many for each feature: with fewer, more time goes into merging what
@@ -45,6 +44,28 @@ NORM_BLOCKS = 16
 _NONE = np.zeros(0, dtype=np.int64)
 
 T = TypeVar("T")
+
+
+class Encoder(Protocol):
+    """Whatever tells which of its features fire on an activation: an SAE, or a control of one."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+
+    @property
+    def hook_name(self) -> str:
+        """Where in the model it reads."""
+
+    @property
+    def b_dec(self) -> Tensor:
+        """A tensor of the device and number format that :meth:`encode` takes."""
+
+    def exclusions(self, tokenizer: Tokenizer) -> dict[str, Exclusion]:
+        """Which positions do not count, by hook."""
+
+    def encode(self, x: Tensor) -> SparseCodes:
+        """The codes of activations ``[n, d_in]``."""
 
 
 @dataclass(frozen=True)
@@ -75,35 +96,23 @@ class Firings:
     kept_outlier: np.ndarray
 
     @classmethod
-    def of(
-        cls,
-        codes: SparseCodes,
-        kept: np.ndarray,
-        context_length: int,
-        special: np.ndarray = _NONE,
-        special_id: np.ndarray = _NONE,
-        outlier: np.ndarray = _NONE,
-        kept_special: np.ndarray = _NONE,
-        kept_outlier: np.ndarray = _NONE,
-    ) -> "Firings":
-        """Group ``codes`` of n rows by feature; ``kept`` int64 ``[n]`` is the position of each row.
+    def of(cls, parts: "list[Encoded]", context_length: int) -> "Firings":
+        """Group what consecutive ranges of blocks gave by feature.
 
         Raises:
             InputError: an activation is negative: "strongest" would mean two things.
         """
-        rows, features, values = (entry.cpu().numpy() for entry in codes.entries())
-        if len(values) and values.min() < 0:
+        joined = Encoded(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        if len(joined.value) and joined.value.min() < 0:
             raise InputError("This SAE has negative activations; an index is made of positive ones only.")
         # (feature, entry) in one word: sorting words is several times as fast as a stable argsort.
-        packed = features << 32
-        packed |= np.arange(len(features))
+        packed = joined.feature << 32
+        packed |= np.arange(len(packed))
         packed.sort()
         order = packed & 0xFFFFFFFF
         packed >>= 32
-        value = values[order].astype(np.float32, copy=False)
-        position = kept[rows[order]]
-        apart = special, special_id, outlier, kept_special, kept_outlier
-        return cls(packed, position, value, kept, context_length, *apart)
+        apart = joined.special, joined.special_id, joined.outlier, joined.kept_special, joined.kept_outlier
+        return cls(packed, joined.position[order], joined.value[order], joined.kept, context_length, *apart)
 
     @cached_property
     def barred(self) -> np.ndarray:
@@ -178,9 +187,26 @@ class Firings:
         return self.feature * self._span + (self.position - self._first)
 
 
+class Encoded(NamedTuple):
+    """What fires in a few blocks, in the order of positions; columns as :class:`Firings` has them, not yet sorted.
+
+    position, feature: int64 ``[m]``, value: float32 ``[m]``. The others are those of :class:`Firings`.
+    """
+
+    position: np.ndarray
+    feature: np.ndarray
+    value: np.ndarray
+    kept: np.ndarray
+    special: np.ndarray
+    special_id: np.ndarray
+    outlier: np.ndarray
+    kept_special: np.ndarray
+    kept_outlier: np.ndarray
+
+
 def stream_firings(
     model: LanguageModel,
-    sae: SparseAutoencoder,
+    sae: Encoder,
     blocks: TokenBlocks,
     store: HookActivations | None = None,
     *,
@@ -189,6 +215,9 @@ def stream_firings(
     outlier_norm: float = float("inf"),
 ) -> Generator[tuple[Firings, int], None, None]:
     """The firings of ``sae`` on ``blocks``, in order; positions that training excludes are left out.
+
+    On a CPU ranges of blocks are read and encoded in several threads, each of which computes on one: whatever else is
+    to be done runs beside them without making an operator wait for its other half. Close it where not all is read.
 
     Args:
         store: holds the activations of these blocks (it may hold more); ``model`` computes them when None. Those at a
@@ -202,118 +231,72 @@ def stream_firings(
     """
     stop = blocks.n_blocks if stop is None else stop
     enough = max(CHUNK_FIRINGS, FIRINGS_PER_FEATURE * sae.d_sae)
-    encoded = (
-        _Encoded.of(sae, group)
-        for group in _grouped(
-            _rows(model, sae, blocks, store, start, stop, outlier_norm),
-            ENCODE_POSITIONS,
-            lambda rows: len(rows.kept),
-        )
-    )
-    done = start
-    for group in _grouped(encoded, enough, lambda part: part.codes.nnz):
-        firings = Firings.of(
-            SparseCodes.concatenate([part.codes for part in group]),
-            np.concatenate([part.kept for part in group]),
-            blocks.context_length,
-            np.concatenate([part.special for part in group]),
-            np.concatenate([part.special_id for part in group]),
-            np.concatenate([part.outlier for part in group]),
-            np.concatenate([part.kept_special for part in group]),
-            np.concatenate([part.kept_outlier for part in group]),
-        )
-        yield firings, group[-1].reached - done
-        done = group[-1].reached
+    encode = _encoder(model, sae, blocks, store, outlier_norm)
+    ranges = BlockRanges(stop, blocks_per_batch(model, blocks.context_length), start)
+    with closing(in_order(model.device, lambda span: (span[1], encode(*span)), ranges)) as encoded:
+        done = start
+        for group in _grouped(encoded, enough, lambda part: len(part[1].feature)):
+            reached = group[-1][0]
+            yield Firings.of([part for _, part in group], blocks.context_length), reached - done
+            done = reached
 
 
-class _Rows(NamedTuple):
-    """Activations of a few blocks: kept int64 ``[n]``, the positions that count, which of them are special tokens or
-    outliers, and theirs ``[n, d_in]``; those of special tokens and outliers that are left out; and the block that comes
-    next."""
-
-    kept: np.ndarray
-    kept_special: np.ndarray
-    kept_outlier: np.ndarray
-    x: Tensor
-    special: Tensor
-    special_id: np.ndarray
-    outlier: Tensor
-    reached: int
-
-
-class _Encoded(NamedTuple):
-    """Codes of the positions that count; features that fire at the others; the block that comes next."""
-
-    kept: np.ndarray
-    codes: SparseCodes
-    special: np.ndarray
-    special_id: np.ndarray
-    outlier: np.ndarray
-    kept_special: np.ndarray
-    kept_outlier: np.ndarray
-    reached: int
-
-    @classmethod
-    def of(cls, sae: SparseAutoencoder, group: list[_Rows]) -> "_Encoded":
-        def joined(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts).to(sae.b_dec)
-
-        def firing(parts: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-            """Rows and features of the entries."""
-            x = joined(parts)
-            if not len(x):
-                return _NONE, _NONE
-            rows, features, _ = sae.encode(x).entries()
-            return rows.cpu().numpy(), features.cpu().numpy()
-
-        rows_of_special, special = firing([rows.special for rows in group])
-        special_id = np.concatenate([rows.special_id for rows in group])[rows_of_special]
-        return cls(
-            np.concatenate([rows.kept for rows in group]),
-            sae.encode(joined([rows.x for rows in group])),
-            special,
-            special_id,
-            firing([rows.outlier for rows in group])[1],
-            np.concatenate([rows.kept_special for rows in group]),
-            np.concatenate([rows.kept_outlier for rows in group]),
-            group[-1].reached,
-        )
-
-
-def _rows(
+def _encoder(
     model: LanguageModel,
-    sae: SparseAutoencoder,
+    sae: Encoder,
     blocks: TokenBlocks,
     store: HookActivations | None,
-    start: int,
-    stop: int,
     outlier_norm: float,
-) -> Iterator[_Rows]:
+) -> Callable[[int, int], Encoded]:
+    """A function that says what fires in blocks ``first`` to ``last``."""
     exclusions = {
         hook_name: rule
         for hook_name, rule in sae.exclusions(model.tokenizer).items()
         if hook_name == sae.hook_name
         or rule.max_norm < float("inf")  # without a bound, both exclude the same
     }
-    rule = exclusions[sae.hook_name]
-    all_special, exclude_special = sorted(model.tokenizer.special_ids), bool(rule.special_ids)
-    for first, found in _activations(model, list(exclusions), blocks, store, start, stop):
+    exclude_special = bool(exclusions[sae.hook_name].special_ids)
+    all_special = sorted(model.tokenizer.special_ids)
+
+    def encode(first: int, last: int) -> Encoded:
+        found = _activations(model, list(exclusions), blocks, store, first, last)
+        counts = kept_at_all(blocks, first, last, found, exclusions).cpu().numpy()
+        real = counted_positions(blocks, first, last).numpy()
+        ids = blocks.ids[first:last][real].astype(np.int64)
+        is_kept, is_special = counts[real], np.isin(ids, all_special)
+        place = np.flatnonzero(real) + first * blocks.context_length
         x = found[sae.hook_name]
-        last = first + len(x)
-        counts = kept_at_all(blocks, first, last, found, exclusions).to(x.device)
-        kept = np.flatnonzero(counts.cpu().numpy()) + first * blocks.context_length
-        left_out = counted_positions(blocks, first, last).to(x.device) & ~counts
-        is_special = torch.from_numpy(np.isin(blocks.ids[first:last], all_special)).to(x.device)
-        special = is_special[counts].cpu().numpy()
-        outlier = (norms(x[counts]) > outlier_norm).cpu().numpy() & ~special
-        by_id = left_out & is_special & exclude_special
-        ids = blocks.ids[first:last].astype(np.int64)[by_id.cpu().numpy()]
-        apart = x[by_id], ids, x[left_out & ~by_id]
-        yield _Rows(kept, kept[special], kept[outlier], x[counts], *apart, last)
+        x = (x.flatten(0, 1) if real.all() else x[torch.from_numpy(real).to(x.device)]).to(sae.b_dec)
+        # All of them at once: there are few that do not count.
+        rows, feature, value = (entry.cpu().numpy() for entry in sae.encode(x).entries())
+        value = value.astype(np.float32, copy=False)
+        if not is_kept.all():
+            fires_kept = is_kept[rows]
+            left_rows, left_feature = rows[~fires_kept], feature[~fires_kept]
+            rows, feature, value = rows[fires_kept], feature[fires_kept], value[fires_kept]
+        else:
+            left_rows = left_feature = _NONE
+        by_id = is_special[left_rows] & exclude_special
+        far = np.zeros(len(x), dtype=bool)
+        if outlier_norm < float("inf"):
+            far = (norms(x) > outlier_norm).cpu().numpy() & ~is_special
+        return Encoded(
+            place[rows],
+            feature,
+            value,
+            kept=place[is_kept],
+            special=left_feature[by_id],
+            special_id=ids[left_rows[by_id]],
+            outlier=left_feature[~by_id],
+            kept_special=place[is_kept & is_special],
+            kept_outlier=place[is_kept & far],
+        )
+
+    return encode
 
 
 def usual_outlier_norm(
-    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None = None
+    model: LanguageModel, sae: Encoder, blocks: TokenBlocks, store: HookActivations | None = None
 ) -> float:
     """The norm above which a position is an outlier where the SAE sets no bound of its own: OUTLIER_FACTOR times the
     median of the first blocks' norms, special tokens left out; infinite where the SAE does set one."""
@@ -321,12 +304,11 @@ def usual_outlier_norm(
     if rule.max_norm < float("inf"):
         return float("inf")
     stop = min(NORM_BLOCKS, blocks.n_blocks)
-    found = [x[sae.hook_name] for _, x in _activations(model, [sae.hook_name], blocks, store, 0, stop)]
-    counts = counted_positions(blocks, 0, stop) & torch.from_numpy(
-        ~np.isin(blocks.ids[:stop], sorted(model.tokenizer.special_ids))
-    )
-    x = torch.cat(found)[counts.to(found[0].device)]
-    return OUTLIER_FACTOR * float(norms(x).median()) if len(x) else float("inf")
+    x = _activations(model, [sae.hook_name], blocks, store, 0, stop)[sae.hook_name]
+    is_special = torch.from_numpy(np.isin(blocks.ids[:stop], sorted(model.tokenizer.special_ids)))
+    counts = counted_positions(blocks, 0, stop) & ~is_special
+    length = norms(x[counts.to(x.device)])
+    return OUTLIER_FACTOR * float(length.median()) if len(length) else float("inf")
 
 
 def _activations(
@@ -334,21 +316,14 @@ def _activations(
     hook_names: list[str],
     blocks: TokenBlocks,
     store: HookActivations | None,
-    start: int,
-    stop: int,
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """First block and activations by hook name, a few blocks at a time; what the store lacks is computed."""
-    ranges = BlockRanges(stop, blocks_per_batch(model, blocks.context_length), start)
-    if store is None:
-        yield from capture_ranges(model, blocks, hook_names, ranges)
-        return
-    held = [name for name in hook_names if name in store.store.hook_names]
+    first: int,
+    last: int,
+) -> dict[str, Tensor]:
+    """Activations of some blocks, ``[last - first, context, width]`` by hook; what the store lacks is computed."""
+    held = [] if store is None else [name for name in hook_names if name in store.store.hook_names]
     missing = [name for name in hook_names if name not in held]
-    for first, last in ranges:
-        found = {name: store.store.at(name).read(first, last) for name in held}
-        if missing:
-            found |= capture_range(model, blocks, missing, (first, last))
-        yield first, found
+    found = {} if store is None else {name: store.store.at(name).read(first, last) for name in held}
+    return found | (capture_range(model, blocks, missing, (first, last)) if missing else {})
 
 
 def _grouped(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:

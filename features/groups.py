@@ -5,7 +5,9 @@ import numpy as np
 
 def group_starts(group: np.ndarray) -> np.ndarray:
     """Where each run of equal numbers begins: int64, for a sorted array of numbers >= 0."""
-    return np.flatnonzero(np.diff(group, prepend=-1))
+    begins = np.ones(len(group), dtype=bool)
+    np.not_equal(group[1:], group[:-1], out=begins[1:])
+    return np.flatnonzero(begins)
 
 
 def run_starts(values: np.ndarray, at_once: int = 1 << 22) -> np.ndarray:

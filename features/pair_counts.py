@@ -75,13 +75,7 @@ class PairCounts:
             return
         value = np.concatenate([value for _, value in self._waiting if value is not None])
         self._waiting, self._n_waiting = [], 0
-        # (pair, entry) in one word: sorting words is several times as fast as an argsort.
-        bits = len(key).bit_length()
-        key <<= bits
-        key |= np.arange(len(key))
-        key.sort()
-        order = key & ((1 << bits) - 1)
-        key >>= bits
+        key, order = _sorted(key)
         self._put(_counted(key, value[order].astype(np.float64)))
 
     def spill(self) -> list[tuple[str, int]]:
@@ -223,8 +217,21 @@ def _merged(runs: list[Tally]) -> Tally:
     if not runs:
         return Tally(np.zeros(0, np.int64), np.zeros(0, np.int64), _NO_TOTAL)
     key, times, total = (np.concatenate(columns) for columns in zip(*runs, strict=True))
-    order = np.argsort(key, kind="stable")  # sorted runs: a merge
-    return _summed(Tally(key[order], times[order], total[order] if len(total) else _NO_TOTAL))
+    key, order = _sorted(key)
+    return _summed(Tally(key, times[order], total[order] if len(total) else _NO_TOTAL))
+
+
+def _sorted(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys in order, and where each stood; equal keys in the order they had."""
+    bits = len(key).bit_length()
+    if len(key) and int(key.max()) >> (63 - bits):
+        order = np.argsort(key, kind="stable")
+        return key[order], order
+    # (key, place) in one word: sorting words is several times as fast as an argsort.
+    packed = key << bits
+    packed |= np.arange(len(key))
+    packed.sort()
+    return packed >> bits, packed & ((1 << bits) - 1)
 
 
 def _counted(key: np.ndarray, value: np.ndarray) -> Tally:

@@ -20,12 +20,22 @@ HISTOGRAM_EDGES = np.logspace(LOWEST_EXPONENT, HIGHEST_EXPONENT, N_BINS + 1).ast
 
 def histogram_bin(value: np.ndarray) -> np.ndarray:
     """The bin of each activation: int64 of the shape of ``value``, which is float32 and positive."""
-    guess = (np.log(value) - np.log(HISTOGRAM_EDGES[0])) * (BINS_PER_DECADE / np.log(10))
-    bins = guess.clip(0, N_BINS - 1).astype(np.int64)
-    # The logarithm is rounded, so beside an edge it may be one bin off; the edges decide.
-    bins += (value >= HISTOGRAM_EDGES[bins + 1]) & (bins < N_BINS - 1)
-    bins -= (value < HISTOGRAM_EDGES[bins]) & (bins > 0)
+    # The upper half of a float's bits tells the bin, or the one before: so near each other the numbers are that share it.
+    bins = _BIN_OF_UPPER_BITS.take(value.view(np.uint32) >> 16)
+    bins += value >= _UPPER_EDGES.take(bins)
     return bins
+
+
+def _bins_of_upper_bits() -> np.ndarray:
+    smallest = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    bins = np.searchsorted(HISTOGRAM_EDGES, smallest, side="right") - 1
+    bins[~(smallest >= 0)] = 0  # negative numbers, and what is none
+    return bins.clip(0, N_BINS - 1)
+
+
+_BIN_OF_UPPER_BITS = _bins_of_upper_bits()
+_UPPER_EDGES = np.append(HISTOGRAM_EDGES[1:-1], np.float32(np.inf))
+"""Above which a number is in the next bin; the last bin has no end."""
 
 
 def histogram_quantile(counts: np.ndarray, edges: np.ndarray, maximum: float, q: float) -> float:

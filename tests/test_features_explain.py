@@ -116,8 +116,7 @@ def random_text(seed: int, n: int = 400, tokens: int = 4, blocks: int = 8) -> Te
 def test_a_table_holds_the_firings_of_every_feature(
     model: LanguageModel, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    for name in ("CHUNK_FIRINGS", "ENCODE_POSITIONS"):
-        monkeypatch.setattr(f"features.firings.{name}", chunk)
+    monkeypatch.setattr("features.firings.CHUNK_FIRINGS", chunk)
     monkeypatch.setattr("features.firings.FIRINGS_PER_FEATURE", 1)
     blocks = text(seed=2)
     found = FiringTable.of(model, sae, blocks)

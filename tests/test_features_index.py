@@ -68,7 +68,6 @@ def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Featur
     sae, blocks = make_sae(request.param), make_blocks()
     folder = tmp_path_factory.mktemp("index") / "index"
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(firings_module, "ENCODE_POSITIONS", 200)
         patch.setattr(firings_module, "CHUNK_FIRINGS", 1500)
         patch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
         patch.setattr(firings_module, "blocks_per_batch", lambda *about: 3)
@@ -311,7 +310,6 @@ def test_same_bits_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.Monke
     blocks, sae = make_blocks(30), make_sae()
     build(tmp_path / "whole", blocks, sae)
     build(tmp_path / "again", blocks, sae)
-    monkeypatch.setattr(firings_module, "ENCODE_POSITIONS", 1)
     monkeypatch.setattr(firings_module, "CHUNK_FIRINGS", 1)
     monkeypatch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
     monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 1)

@@ -50,7 +50,6 @@ def _one_thread() -> Any:
 def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     sae, blocks = make_sae(request.param), make_blocks()
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(firings_module, "ENCODE_POSITIONS", 200)
         patch.setattr(firings_module, "CHUNK_FIRINGS", 1500)
         patch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
         patch.setattr(firings_module, "blocks_per_batch", lambda *about: 3)
@@ -227,7 +226,7 @@ def test_a_pass_that_stops_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     sae, blocks = make_sae(), make_blocks()
-    for name, value in (("ENCODE_POSITIONS", 100), ("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
+    for name, value in (("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
         monkeypatch.setattr(firings_module, name, value)
     monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 2)
     monkeypatch.setattr(build_module, "SAVE_EVERY", 300)
@@ -266,7 +265,6 @@ def test_a_pass_over_other_text_does_not_go_on_with_what_is_there(
 ) -> None:
     monkeypatch.setattr(firings_module, "CHUNK_FIRINGS", 400)
     monkeypatch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
-    monkeypatch.setattr(firings_module, "ENCODE_POSITIONS", 100)
     monkeypatch.setattr(build_module, "SAVE_EVERY", 100)
     monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 2)
     write = build_module._write
@@ -283,7 +281,7 @@ def test_a_pass_over_other_text_does_not_go_on_with_what_is_there(
 def test_processes_share_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Threads stand for processes. Documents go on from one part of the text to the next."""
     sae, blocks = make_sae(), make_blocks(31)
-    for name, value in (("ENCODE_POSITIONS", 100), ("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
+    for name, value in (("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
         monkeypatch.setattr(firings_module, name, value)
     monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 1)
     alone = build(tmp_path / "alone" / "index", blocks, sae)
@@ -341,7 +339,7 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     sae, blocks = make_sae(), make_blocks(40)
-    for name, value in (("ENCODE_POSITIONS", 100), ("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
+    for name, value in (("CHUNK_FIRINGS", 400), ("FIRINGS_PER_FEATURE", 1)):
         monkeypatch.setattr(firings_module, name, value)
     monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 2)
     monkeypatch.setattr(build_module, "SAVE_EVERY", 300)
