@@ -26,6 +26,7 @@ from activations.models import LanguageModel
 from features.contrast import contrast
 from features.labelled_texts import read_labelled
 from features.run import open_run
+from features.tables import score_text
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.model import SparseAutoencoder
@@ -96,13 +97,14 @@ def unsafe_python(path: Path) -> None:
     """Print the features that tell unsafe from safe Python, and the probes."""
     sets = read_labelled(Path(__file__).with_name("unsafe_python.csv"), group_column="pair")
     table = contrast(open_run(path), sets.a, sets.b, names=sets.names, groups=sets.groups)
-    print(f"{table.title}; {table.attrs['tested']:,} features fire\n")
-    print("| feature | label | F1 | fires in unsafe | in safe | AUC | q | strongest place |")
+    print("\n".join([table.title, *table.remarks]) + "\n")
+    print("| feature | label | score | fires in unsafe | in safe | AUC | q | strongest place |")
     print("|---|---|---|---|---|---|---|---|")
     for row in table.head(FEATURES_SHOWN).to_dict("records"):
         place = row["example"].replace("\n", "⏎").replace("|", "\\|")
+        score = score_text(row["label"], row["score"], row["score_kind"])
         print(
-            f"| {row['feature']} | {row['label']} | {row['score']:.2f} | {row['rate_a']:.0%} | {row['rate_b']:.0%}"
+            f"| {row['feature']} | {row['label']} | {score} | {row['rate_a']:.0%} | {row['rate_b']:.0%}"
             f" | {row['auc']:.2f} | {row['q']:.2g} | `{place}` |"
         )
     assert table.probes is not None

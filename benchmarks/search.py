@@ -61,7 +61,9 @@ def entries(n: int, words: list[str]) -> Iterator[Entry]:
             note = f"see {row[0]} ({row[1]})" if (start + i) % 1000 == 0 else ""
             weight = importance(float(scores[i]), int(firings[i]), POSITIONS)
             density = float(firings[i]) / POSITIONS
-            yield Entry(start + i, weight, text, tokens, note, float(scores[i]), "automatic", density)
+            yield Entry(
+                start + i, weight, text, tokens, note, float(scores[i]), "tokens", "automatic", density
+            )
 
 
 def queries(words: list[str]) -> dict[str, list[str]]:
@@ -131,10 +133,10 @@ def main() -> None:
         return
     words = vocabulary()
     inputs = {"features": given.features}
-    if file.change(inputs) is None:
+    if file.state(inputs) is None:
         start = time.perf_counter()
         with file.writing():
-            file.build(entries(given.features, words), inputs, 0)
+            file.build(entries(given.features, words), inputs, (0, ""))
         print(f"made in {time.perf_counter() - start:.0f} s")
     size = file.path.stat().st_size / given.features
     print(f"{given.features:,} features, {size:,.0f} bytes each, {WORDS:,} words\n")

@@ -38,18 +38,22 @@ def active_in(
         n: at most so many rows.
 
     Returns:
-        columns feature, label, score (of the label), activation (the largest), token and position (where), share,
-        density, and rarity or specificity where it is ranked by them.
+        columns feature, label, score (of the label), score_kind, activation (the largest), token and position (where),
+        share, density, and rarity or specificity where it is ranked by them.
 
     Raises:
-        InputError: the text is empty, the ranking is not known, or tokens are missing, not wanted or outside the text.
+        InputError: the text is empty or not valid Unicode, the ranking is not known, or tokens are missing, not wanted
+            or outside the text.
     """
     from features.tables import FeatureTable, with_labels
+    from features.terms import is_unicode
 
     if by not in get_args(Ranking):
         raise InputError(f"Features are ranked by {', '.join(get_args(Ranking))}, not by {by!r}.")
     if n < 1:
         raise InputError(f"A table of {n} rows shows nothing: ask for at least 1.")
+    if not is_unicode(text):
+        raise InputError("The text holds half of a character: give it in UTF-8.")
     trace = run.trace(text)
     chosen = _chosen(tokens, by, len(trace.tokens))
     rows, features, values = (entry.numpy() for entry in trace.codes.entries())
@@ -82,7 +86,8 @@ def active_in(
     table = with_labels(run, firing[ranked]) | {
         name: _taken(column, ranked) for name, column in columns.items()
     }
-    return FeatureTable.of(table, kind="active", title=f"Features that fire, by {measure}", by=measure)
+    title = f"Features that fire, by {measure}" if len(firing) else "No feature fires in this text"
+    return FeatureTable.of(table, kind="active", title=title, by=measure)
 
 
 def _taken(column: Any, places: np.ndarray) -> Any:

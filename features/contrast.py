@@ -1,20 +1,24 @@
 """Which features tell two sets of texts apart, and whether a plain probe of the activations does it better.
 
-Each text is one observation, whatever its length: a feature's value there is its largest activation by default, 0 where
-it is silent. That makes rates and AUCs easy to read ("fires in 80% of these and 10% of those"), and lets no long text
-count for many. The p-value is of the Mann-Whitney test, because it tests what the AUC measures and asks nothing of the
-distribution, of which most is ties at 0; of matched pairs it is of the signed-rank test, which looks at the differences
-within them. Features are many, so q, the false-discovery rate, is what to look at.
+A feature's value in a text is its largest activation by default, 0 where it is silent. That makes rates and AUCs easy
+to read ("fires in 80% of these and 10% of those"). It does not make texts of different lengths alike: a long text has
+more places to fire at, and a larger maximum. Where the median lengths of the sets are far apart, the table says so.
+
+The p-value is of the Mann-Whitney test, because it tests what the AUC measures and asks nothing of the distribution, of
+which most is ties at 0; of matched pairs it is of the signed-rank test, which looks at the differences within them. One
+observation is one text, or the mean over the texts of a group (:mod:`features.observations`); equal texts are a group.
+Features are many, so q, the false-discovery rate, is what to look at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from activations.errors import InputError
 from activations.progress import Progress, silent
-from features.separation import Separation, Values, false_discovery_rate, paired_p, separation, to_four_digits
+from features.observations import Observations, joined
+from features.separation import Separation, Values, false_discovery_rate, separation, to_four_digits
 from features.texts import MAX_TOKENS, TextFeatures, read_texts
 
 if TYPE_CHECKING:
@@ -26,6 +30,8 @@ Value = Literal["max", "mean", "fires"]
 
 ROWS = 100
 """Rows of the table, unless another number is asked for."""
+LENGTHS_APART = 1.3
+"""Ratio of the median lengths of the sets from which on the table warns of it."""
 _CARRIERS = 3  # texts named for each feature
 _AROUND = 8  # tokens on each side of the strongest
 
@@ -37,7 +43,7 @@ def contrast(
     *,
     names: tuple[str, str] = ("a", "b"),
     by: Value = "max",
-    groups: tuple[Sequence[Any], Sequence[Any]] | None = None,
+    groups: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
     n: int | None = ROWS,
     max_tokens: int = MAX_TOKENS,
     probes: bool = True,
@@ -49,8 +55,9 @@ def contrast(
     Args:
         names: what the sets are called.
         by: what a feature's value in a text is.
-        groups: for each set the group of each text: those of one group (a matched pair, an author) are never on both
-            sides when probes are judged. Where each has one text of each set, p is of the signed-rank test.
+        groups: for each set the group of each text (an author, a matched pair). For p a group counts once in a set, by
+            its mean, and when probes are judged its texts are never on both sides. Groups with texts in both sets are
+            compared within (signed-rank test), if they are as many as the others. Equal texts are always a group.
         n: at most so many rows, None for all.
         max_tokens: of a longer text only the beginning is read.
         probes: whether probes are fitted beside it.
@@ -58,28 +65,37 @@ def contrast(
 
     Returns:
         one row per feature that fires in any text, the largest distance of the AUC from 0.5 first: feature, label,
-        score (of the label), rate_a, rate_b (shares of texts in which it fires), rate_difference, auc (above 0.5 where
-        it is stronger in a), effect (Cohen's d), p, q (over all features that fire in any text), side (the set it is
-        stronger in), texts (numbers of the strongest texts there) and example (the strongest place, its token in
-        guillemets). ``probes`` is the table of :func:`features.probes.probe_table`; ``attrs`` has the numbers of texts,
-        of features that fire (``tested``), of texts of which only the beginning was read (``cut``), and the
-        ``test`` that p is of.
+        score (of the label), score_kind, rate_a, rate_b (shares of texts in which it fires), rate_difference, auc
+        (above 0.5 where it is stronger in a), effect (Cohen's d), p, q (over all features that fire in any text), side
+        (the set it is stronger in), texts (numbers of the strongest texts there) and example (the strongest place, its
+        token in guillemets). ``probes`` is the table of :func:`features.probes.probe_table`; ``attrs`` has the numbers
+        of texts (``n_a``, ``n_b``), of features that fire (``tested``), of texts of which only the beginning was read
+        (``cut``), of texts that repeat another (``repeated``), of observations that p rests on and of groups that it
+        leaves out (``observations``, ``left_out``), the ``test``, the median lengths in tokens (``lengths``), and
+        ``remarks``: sentences on how to read the table.
 
     Raises:
-        InputError: a set has fewer than two texts, both hold the same, a text is empty or has no tokens that count.
+        InputError: a set has fewer than two different texts or groups, a text stands in both sets, is empty or has no
+            tokens that count.
     """
     from features.tables import FeatureTable, with_labels
 
     _check(a, b, names, by, n, groups)
+    group = joined([*a, *b], None if groups is None else [*groups[0], *groups[1]])
+    in_a = np.arange(len(group)) < len(a)
+    for name, which in zip(names, (in_a, ~in_a), strict=True):
+        if len(np.unique(group[which])) < 2:
+            raise InputError(
+                f"The texts of {name} are all the same or of one group: a contrast needs 2 groups on each side."
+            )
+    observations = Observations.of(group, in_a)
     called = [
         f"Text {i} of {name}" for name, texts in zip(names, (a, b), strict=True) for i in range(len(texts))
     ]
     read = read_texts(run.model, run.sae, [*a, *b], names=called, max_tokens=max_tokens, progress=progress)
-    in_a = np.arange(read.n_texts) < len(a)
     values = Values.of(read.feature, read.text, _values(read, by))
     found = separation(values, in_a)
-    pair = None if groups is None else _pairs([*groups[0], *groups[1]], in_a)
-    p = found.p if pair is None else paired_p(values, in_a, pair)
+    p = observations.p(values, found.feature)
     q = false_discovery_rate(p)
     order = np.argsort(-np.abs(found.auc - 0.5), kind="stable")[:n]
     carriers = [_carriers(values, in_a, found, row) for row in order]
@@ -103,13 +119,54 @@ def contrast(
     if probes:
         from features.probes import probe_table
 
-        of = None if groups is None else [*groups[0], *groups[1]]
+        of = group.tolist() if len(np.unique(group)) < len(group) else None
         beside = probe_table(read.pooled, values, in_a, groups=of, seed=seed, progress=progress)
     title = f"Features that tell {names[0]} ({len(a):,} texts) from {names[1]} ({len(b):,} texts)"
     table = FeatureTable.of(columns, kind="contrast", title=title, by="auc", probes=beside)
-    table.attrs |= {"n_a": len(a), "n_b": len(b), "tested": len(found.feature), "cut": read.n_cut}
-    table.attrs["test"] = "Mann-Whitney" if pair is None else "signed-rank"
+    table.attrs |= {
+        "n_a": len(a),
+        "n_b": len(b),
+        "tested": len(found.feature),
+        "cut": read.n_cut,
+        "repeated": len(group) - len({text.strip() for text in (*a, *b)}),
+        "observations": len(observations.in_a),
+        "left_out": observations.left_out,
+        "test": observations.test,
+        "lengths": tuple(float(np.median(read.n_tokens[which])) for which in (in_a, ~in_a)),
+    }
+    table.attrs["remarks"] = _remarks(table.attrs, names, max_tokens)
     return table
+
+
+def _remarks(facts: dict[str, Any], names: tuple[str, str], max_tokens: int) -> list[str]:
+    """What a person should know who reads the table."""
+    is_paired, n = facts["test"] == "signed-rank", facts["observations"]
+    what = "texts" if n == facts["n_a"] + facts["n_b"] else "groups"
+    counted = f"{n // 2:,} matched pairs" if is_paired else f"{n:,} {what}"
+    remarks = [
+        f"q: false-discovery rate over the {facts['tested']:,} features that fire, {facts['test']} test of {counted}"
+    ]
+    if facts["left_out"]:
+        where = "one set only" if is_paired else "both sets"
+        remarks.append(f"Left out of p and q: {_counted(facts['left_out'], 'group')} with texts in {where}")
+    if facts["repeated"]:
+        remarks.append(f"Equal texts count once: {_counted(facts['repeated'], 'text')} repeated")
+    if facts["cut"]:
+        cut = _counted(facts["cut"], "long text")
+        remarks.append(f"Read as far as the first {max_tokens:,} tokens: {cut}")
+    (short, few), (long, many) = sorted(
+        zip(names, facts["lengths"], strict=True), key=lambda named: float(named[1])
+    )
+    if many > LENGTHS_APART * few:
+        remarks.append(
+            f"{long} has longer texts (median {many:,.0f} tokens) than {short} ({few:,.0f}): a feature may be stronger"
+            " there for that alone"
+        )
+    return remarks
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _check(
@@ -118,7 +175,7 @@ def _check(
     names: tuple[str, str],
     by: str,
     n: int | None,
-    groups: tuple[Sequence[Any], Sequence[Any]] | None,
+    groups: tuple[Sequence[Hashable], Sequence[Hashable]] | None,
 ) -> None:
     if by not in get_args(Value):
         raise InputError(f"A feature's value in a text is one of {', '.join(get_args(Value))}, not {by!r}.")
@@ -129,19 +186,20 @@ def _check(
             raise InputError(f"{name} is one text: give a list of texts.")
         if len(texts) < 2:
             raise InputError(f"{name} has {len(texts)} texts: a contrast needs at least 2 on each side.")
+    if names[0] == names[1]:
+        raise InputError(f"Both sets are called {names[0]}: give them two names.")
     if sorted(a) == sorted(b):
         raise InputError(f"{names[0]} and {names[1]} hold the same texts: there is nothing to tell apart.")
+    place = {text: number for number, text in enumerate(a)}
+    shared = [(place[text], number) for number, text in enumerate(b) if text in place]
+    if shared:
+        more = f", and {len(shared) - 1:,} more stand in both sets" if len(shared) > 1 else ""
+        raise InputError(
+            f"Text {shared[0][0]} of {names[0]} and text {shared[0][1]} of {names[1]} are the same"
+            f" ({b[shared[0][1]][:40]!r}){more}: leave out what tells nothing apart."
+        )
     if groups is not None and [len(part) for part in groups] != [len(a), len(b)]:
         raise InputError("There must be one group for each text of both sets.")
-
-
-def _pairs(groups: Sequence[Any], in_a: np.ndarray) -> np.ndarray | None:
-    """The number of each text's group, if every group is one text of each set."""
-    number = np.unique(np.asarray(groups), return_inverse=True)[1]
-    matched = all(
-        (np.bincount(number[which], minlength=number.max() + 1) == 1).all() for which in (in_a, ~in_a)
-    )
-    return number if matched else None
 
 
 def _values(read: TextFeatures, by: Value) -> np.ndarray:

@@ -21,6 +21,7 @@ from features.html_pieces import (
     part,
     percent,
     pill,
+    shown_name,
     style_rules,
     table_html,
 )
@@ -70,7 +71,7 @@ def features_html(run: "Run", features: Sequence[int], *, progress: Progress = s
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} of {escape(run.name)}</title>\n<style>\n{_PAGE_STYLE}</style></head>\n"
+        f"<title>{escape(title)} of {escape(shown_name(run.name))}</title>\n<style>\n{_PAGE_STYLE}</style></head>\n"
         f'<body><main><p class="faint">{escape(_facts(run))}</p>{contents}\n'
         + "\n".join(sections)
         + "</main></body></html>\n"
@@ -79,8 +80,8 @@ def features_html(run: "Run", features: Sequence[int], *, progress: Progress = s
 
 def _facts(run: "Run") -> str:
     return (
-        f"{run.name}: {run.index.d_sae:,} features of {run.config.model} at {' → '.join(run.config.hook_names)},"
-        f" indexed on {run.index.n_tokens:,} tokens; SAE {run.index.sae_hash[:12]}"
+        f"{shown_name(run.name)}: {run.index.d_sae:,} features of {run.config.model} at"
+        f" {' → '.join(run.config.hook_names)}, indexed on {run.index.n_tokens:,} tokens; SAE {run.index.sae_hash[:12]}"
     )
 
 
@@ -99,10 +100,11 @@ def _section(feature: "Feature", labels: dict[int, Label], present: set[int]) ->
     """Everything about one feature."""
     index = feature.run.index
     tags = "".join(pill(tag.text, tag.tooltip) for tag in index.tags(feature.index))
-    figures = cards_html(_statistics(feature)) if feature.count else ""
+    cards = _statistics(feature)
     return (
         f'<section id="feature-{feature.index}"><h1 class="page">Feature {feature.index}</h1>'
-        f"{_label_html(labels.get(feature.index))}<p>{tags}</p>{figures}"
+        f"{_label_html(labels.get(feature.index))}<p>{tags}</p>"
+        f"{cards_html(cards) if cards else ''}"
         f'<div class="columns"><div>{_examples(feature)}</div>'
         f"<div>{_tables(feature, labels, present)}</div></div></section>"
     )
@@ -119,14 +121,22 @@ def _label_html(label: Label | None) -> str:
 
 
 def _statistics(feature: "Feature") -> list[Card]:
+    left_out = _left_out(feature)
+    if not feature.count:
+        return left_out
     index, one_in = feature.run.index, f"one token in {number(1 / feature.density)}"
     std, entropy = float(index.std[feature.index]), float(index.token_entropy[feature.index])
+    documents, first = (index.column(each)[feature.index] for each in ("documents", "first_place"))
     median, high = (number(index.quantile(feature.index, q)) for q in (0.5, 0.9))
     return [
         Card(
             "Density", percent(feature.density), [one_in], "share of the index's positions on which it fires"
         ),
         Card("Firings", f"{feature.count:,}", [f"of {index.n_tokens:,} tokens"], "over the train split"),
+        Card(
+            *("Documents", f"{documents:,}", [f"first at token {number(float(first))}"]),
+            "documents in which it fires, and the mean place of its first firing there, counted from 0",
+        ),
         Card("Largest activation", number(feature.max), [], "over the index"),
         Card(
             "Mean activation",
@@ -136,7 +146,18 @@ def _statistics(feature: "Feature") -> list[Card]:
         ),
         Card("Median activation", median, [f"90% below {high}"], "from the histogram"),
         Card("Token entropy", f"{entropy:.1f} bits", [], "how spread out its firings are over tokens"),
+        *left_out,
     ]
+
+
+def _left_out(feature: "Feature") -> list[Card]:
+    """Its firings where training did not look; nothing if there are none."""
+    special, outlier = (int(feature.run.index.column(each)[feature.index]) for each in ("special", "outlier"))
+    if not special and not outlier:
+        return []
+    notes = [f"{special:,} at special tokens", f"{outlier:,} at outlier norms"]
+    meaning = "firings at positions that training left out, which count nowhere else"
+    return [Card("Left out", f"{special + outlier:,}", notes, meaning)]
 
 
 def _examples(feature: "Feature") -> str:
@@ -230,7 +251,23 @@ def _logit_lens(feature: "Feature") -> str:
 
     hint = "Logit lens: tokens that its direction makes more or less likely next, by its weights alone."
     sides = side("promoted", promoted, False) + side("suppressed", suppressed, True)
-    return part("What it writes", hint) + f'<div class="sides">{sides}</div>'
+    return part("What it writes", hint) + f'<div class="sides">{sides}</div>{_moments(feature)}'
+
+
+def _moments(feature: "Feature") -> str:
+    """How its effects on all logits are spread: a few that stand out show in skewness and kurtosis."""
+    mean, std, skewness, kurtosis = feature.run.index.weights.records["moments"][feature.index].tolist()
+    figures = (
+        (
+            "mean",
+            mean,
+            "of its effects on all logits, per unit of activation; the figures above are less this",
+        ),
+        ("standard deviation", std, "of these effects"),
+        ("skewness", skewness, "0 if as much is promoted as suppressed"),
+        ("kurtosis", kurtosis, "3 for a normal distribution; more if a few tokens stand out"),
+    )
+    return f"<p>{''.join(pill(f'{title} {number(value)}', meaning) for title, value, meaning in figures)}</p>"
 
 
 def histogram_svg(edges: np.ndarray, counts: np.ndarray) -> str:

@@ -4,12 +4,13 @@ Colours come from the text's own colour wherever they can, so that one sheet ser
 escapes the text it is given.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from features.tokens_html import tokens_html
+from features.tokens_html import printable, tokens_html
 
 if TYPE_CHECKING:
     from features.index import Example
@@ -146,6 +147,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def shown_name(text: str) -> str:
+    """The name of a file or document as it can be shown: what is not Unicode in it becomes a replacement character."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", printable(text))
+
+
 def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bool) -> str:
     """Examples as one block: activation, coloured tokens, document."""
     return "".join(
@@ -153,6 +159,6 @@ def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bo
         + tokens_html(
             example.tokens, example.activations.tolist(), maximum, framed=example.peak, one_line=one_line
         )
-        + f'<span class="where">{escape(example.document)}</span></div></div>'
+        + f'<span class="where">{escape(shown_name(example.document))}</span></div></div>'
         for example in examples
     )

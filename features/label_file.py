@@ -1,7 +1,9 @@
 """The SQLite file that labels live in: its tables, who may open it, and what is said when it cannot be.
 
 Labels, scores and notes are only ever added; triggers refuse anything else. Every row, of whichever of these
-tables, takes the next number of one counter as its id, so ids tell what came first and what is new since.
+tables, takes the next number of one counter as its id, so ids tell what came first and what is new since. With each
+number goes a random mark: the same number with another mark is of another past, such as that of an older copy of the
+file which was put back.
 """
 
 import json
@@ -13,12 +15,15 @@ from pathlib import Path
 
 from activations.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x53414573  # "SAEs": tells our files from other people's SQLite files
 _BUSY_SECONDS = 120.0  # a writer of a million labels keeps the others waiting for some seconds
 
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _APPENDED = ("labels", "scores", "notes")
+_WRITES = "CREATE TABLE writes (counter INTEGER PRIMARY KEY, mark BLOB NOT NULL)"
 _SCHEMA = (
+    _WRITES,
     "CREATE TABLE state (counter INTEGER NOT NULL, inputs TEXT)",
     "INSERT INTO state VALUES (0, NULL)",
     """CREATE TABLE labels (
@@ -53,19 +58,22 @@ class LabelFile:
 
     Attributes:
         path: where it is; it appears at the first write.
+        sae_hash: of which SAE its labels must be, which the first write notes; None takes those of any.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sae_hash: str | None = None) -> None:
         self.path = path
+        self.sae_hash = sae_hash
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection | None]:
         """A connection that sees the file as it is at one moment; None if nothing has been written yet.
 
-        A file of format 1 is converted first.
+        A file of an older format is converted first.
 
         Raises:
-            InputError: the file is damaged, not one of labels, newer than this version, or cannot be read.
+            InputError: the file is damaged, not one of labels, newer than this version, of another SAE, or cannot be
+                read.
         """
         if not self.path.is_file():
             yield None
@@ -75,6 +83,7 @@ class LabelFile:
                 yield None
                 return
             connection.execute("BEGIN")
+            self.check_sae(connection, self.sae_hash)
             yield connection
 
     @contextmanager
@@ -87,17 +96,60 @@ class LabelFile:
         with self._sentences("written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, _BUSY_SECONDS, isolation_level=None)) as connection:
-                if not self._is_ready(connection):
-                    _use_write_ahead_log(connection)
+                self._is_ready(connection)
+                _use_write_ahead_log(connection)  # also if it has been moved, which takes it out of use
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     if _pragma(connection, "user_version") == 0:
                         _make_tables(connection)
+                    self._claim(connection)
                     yield connection
                 except BaseException:
                     connection.rollback()
                     raise
                 connection.commit()
+
+    def move_to(self, target: Path) -> None:
+        """Give the file another name, in one rename: what stands in its log is brought into it before.
+
+        Raises:
+            InputError: there is a file of that name, another process has it open, or it cannot be moved.
+        """
+        with (
+            self._sentences("moved"),
+            closing(sqlite3.connect(self.path, _BUSY_SECONDS, isolation_level=None)) as connection,
+        ):
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            if connection.execute("PRAGMA journal_mode = DELETE").fetchone() != ("delete",):
+                raise InputError(f"{self.path} is open in another process: close that first.")
+        with self._sentences("moved"):
+            for name in (
+                "",
+                "-wal",
+                "-journal",
+            ):  # a log that was left over would be taken for one of this file
+                if (other := target.with_name(target.name + name)).exists():
+                    raise InputError(f"{other} is there already: move it away first.")
+            self.path.rename(target)
+
+    def check_sae(self, connection: sqlite3.Connection, sae_hash: str | None) -> str | None:
+        """The hash of the SAE whose labels these are; None if no run has written to the file yet.
+
+        Raises:
+            InputError: it is another than ``sae_hash``, if that is given.
+        """
+        (inputs,) = connection.execute("SELECT inputs FROM state").fetchone()
+        held: str | None = json.loads(inputs or "{}").get("sae_hash")
+        if None not in (held, sae_hash) and held != sae_hash:
+            raise InputError(f"{self.path} holds labels of another SAE: run sae index {self.path.parent}.")
+        return held
+
+    def _claim(self, connection: sqlite3.Connection) -> None:
+        """Note of which SAE the labels are, unless that is known."""
+        if self.check_sae(connection, self.sae_hash) is None and self.sae_hash is not None:
+            (inputs,) = connection.execute("SELECT inputs FROM state").fetchone()
+            claimed = json.loads(inputs or "{}") | {"sae_hash": self.sae_hash}
+            connection.execute("UPDATE state SET inputs = ?", (json.dumps(claimed),))
 
     def _connect_to_read(self) -> sqlite3.Connection:
         """Where nothing can be written, a file with a write-ahead log opens only if it is said never to change."""
@@ -135,6 +187,8 @@ class LabelFile:
         except (sqlite3.OperationalError, OSError) as error:
             raise InputError(f"The labels in {self.path} cannot be {action} ({error}).") from None
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                raise InputError(f"The labels in {self.path} cannot be {action} ({error}).") from None
             raise InputError(
                 f"{self.path} is not a readable file of labels ({error}): move it away to start a new one."
             ) from None
@@ -148,6 +202,7 @@ def next_ids(connection: sqlite3.Connection, n: int = 1) -> int:
     """Take the next ``n`` numbers of the counter; returns the first of them."""
     (counter,) = connection.execute("SELECT counter FROM state").fetchone()
     connection.execute("UPDATE state SET counter = ?", (counter + n,))
+    connection.execute("INSERT INTO writes VALUES (?, randomblob(8))", (counter + n,))
     return int(counter) + 1
 
 
@@ -169,39 +224,48 @@ def _make_tables(connection: sqlite3.Connection) -> None:
 
 
 def _convert(connection: sqlite3.Connection) -> None:
-    """From format 1, which kept one automatic label, one person's label and one note of a feature, undated.
-
-    An automatic label without F1 had nothing measured, and has no score now.
-    """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if _pragma(connection, "user_version") == 1:  # else another process was faster
-            automatic = connection.execute(
-                "SELECT feature, text, method, f1, precision, recall, n FROM automatic ORDER BY feature"
-            ).fetchall()
-            person = connection.execute("SELECT feature, text FROM person ORDER BY feature").fetchall()
-            notes = connection.execute("SELECT feature, text FROM note ORDER BY feature").fetchall()
-            inputs = connection.execute("SELECT inputs FROM provenance").fetchone()
-            for table in ("automatic", "person", "note", "provenance"):
-                connection.execute(f"DROP TABLE {table}")
-            _make_tables(connection)
-            add_label = "INSERT INTO labels VALUES (?, ?, ?, ?, '', ?, '', '', '', '')"
-            for feature, text, method, f1, precision, recall, n in automatic:
-                label = next_ids(connection)
-                connection.execute(add_label, (label, feature, "automatic", text, method))
-                if f1 is not None:
-                    connection.execute(
-                        "INSERT INTO scores VALUES (?, ?, 'tokens', ?, ?, NULL, NULL, ?, ?, NULL, NULL, 'pattern', '')",
-                        (next_ids(connection), label, f1, n or 0, precision, recall),
-                    )
-            for feature, text in person:
-                connection.execute(add_label, (next_ids(connection), feature, "person", text, ""))
-            for feature, text in notes:
-                row = (next_ids(connection), feature, text)
-                connection.execute("INSERT INTO notes VALUES (?, ?, ?, '', '')", row)
-            if inputs is not None:
-                connection.execute("UPDATE state SET inputs = ?", (json.dumps(json.loads(inputs[0])),))
+        version = _pragma(connection, "user_version")  # another process may have been faster
+        if version == 1:
+            _convert_from_1(connection)
+        elif version == 2:  # which had no marks
+            connection.execute(_WRITES)
+            next_ids(connection)
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.commit()
     except BaseException:
         connection.rollback()
         raise
+
+
+def _convert_from_1(connection: sqlite3.Connection) -> None:
+    """It kept one automatic label, one person's label and one note of a feature, undated.
+
+    An automatic label without F1 had nothing measured, and has no score now.
+    """
+    automatic = connection.execute(
+        "SELECT feature, text, method, f1, precision, recall, n FROM automatic ORDER BY feature"
+    ).fetchall()
+    person = connection.execute("SELECT feature, text FROM person ORDER BY feature").fetchall()
+    notes = connection.execute("SELECT feature, text FROM note ORDER BY feature").fetchall()
+    inputs = connection.execute("SELECT inputs FROM provenance").fetchone()
+    for table in ("automatic", "person", "note", "provenance"):
+        connection.execute(f"DROP TABLE {table}")
+    _make_tables(connection)
+    add_label = "INSERT INTO labels VALUES (?, ?, ?, ?, '', ?, '', '', '', '')"
+    for feature, text, method, f1, precision, recall, n in automatic:
+        label = next_ids(connection)
+        connection.execute(add_label, (label, feature, "automatic", text, method))
+        if f1 is not None:
+            connection.execute(
+                "INSERT INTO scores VALUES (?, ?, 'tokens', ?, ?, NULL, NULL, ?, ?, NULL, NULL, 'pattern', '')",
+                (next_ids(connection), label, f1, n or 0, precision, recall),
+            )
+    for feature, text in person:
+        connection.execute(add_label, (next_ids(connection), feature, "person", text, ""))
+    for feature, text in notes:
+        row = (next_ids(connection), feature, text)
+        connection.execute("INSERT INTO notes VALUES (?, ?, ?, '', '')", row)
+    if inputs is not None:
+        connection.execute("UPDATE state SET inputs = ?", (json.dumps(json.loads(inputs[0])),))

@@ -6,10 +6,13 @@ a person's, then a language model's, then an imported one, then the automatic on
 """
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -33,6 +36,8 @@ TABLE_COLUMNS = (
 """Columns of :meth:`Labels.table`."""
 
 _LARGEST_FEATURE = 2**31 - 1
+_LABEL_TEXTS = ("text", "author", "method", "pattern", "made", "prompt_hash", "examples_hash", "note")
+_SCORE_FIGURES = ("low", "high", "precision", "recall", "upper", "control")
 
 
 @dataclass(frozen=True)
@@ -171,21 +176,42 @@ class Labels:
     transaction: it happens as a whole or not at all.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sae_hash: str | None = None) -> None:
         self.path = path
-        self._file = LabelFile(path)
+        self._file = LabelFile(path, sae_hash)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Labels":
+    def open(cls, path: str | Path, *, sae_hash: str | None = None) -> "Labels":
         """The labels at ``path``; a file that does not exist yet counts as empty.
 
+        Args:
+            sae_hash: of which SAE they must be. The first write notes it, and from then on labels of another SAE are
+                refused, at every call; None reads the labels of any.
+
         Raises:
-            InputError: the file is damaged, is not a file of labels, or was written by a newer version.
+            InputError: the file is damaged, is not a file of labels, was written by a newer version, or holds labels
+                of another SAE.
         """
-        labels = cls(Path(path))
+        labels = cls(Path(path), sae_hash)
         with labels._file.reading():
             pass
         return labels
+
+    @property
+    def sae_hash(self) -> str | None:
+        """Of which SAE the labels are; None if that is not known, because no run has written to the file."""
+        if self._file.sae_hash is not None:
+            return self._file.sae_hash
+        with self._file.reading() as connection:
+            return self._file.check_sae(connection, None) if connection else None
+
+    def move_to(self, path: str | Path) -> None:
+        """Give the file another name, in one step.
+
+        Raises:
+            InputError: there is a file of that name, another process has the labels open, or they cannot be moved.
+        """
+        self._file.move_to(Path(path))
 
     def get(self, feature: int) -> Label | None:
         """The label of a feature that counts, with the feature's note; None if it has neither."""
@@ -246,50 +272,67 @@ class Labels:
         Returns:
             the label's id; None if it has been taken away.
         """
-        feature, text = _checked(feature), text.strip()
+        label = _checked_label(Label(feature, text, "person", author, pattern=pattern, note=note or ""))
+        feature, text = label.feature, label.text
         with self._file.writing() as connection:
             if note is not None:
                 _put_note(connection, feature, note, author)
             found = _current(connection, "WHERE feature = ? AND source = 'person'", (feature,))
             if not text and not found:
                 return None
-            label = Label(feature, text, "person", author, pattern=pattern)
-            if found and replace(found[0], scores=()) == label:
+            if found and replace(found[0], scores=()) == replace(label, note=""):
                 return found[0].id  # saved again as it was: no news for the history
             (label_id,) = _append(connection, [label])
         return label_id if text else None
 
     def set_note(self, feature: int, text: str, *, author: str = "") -> None:
         """Write a note about a feature; an empty one removes it."""
+        label = _checked_label(Label(feature, "", author=author, note=text))
         with self._file.writing() as connection:
-            _put_note(connection, _checked(feature), text, author)
+            _put_note(connection, label.feature, label.note, author)
 
-    def add(self, labels: Iterable[Label], *, starred: Iterable[int] = ()) -> list[int]:
+    def add(
+        self,
+        labels: Iterable[Label],
+        *,
+        starred: Iterable[int] = (),
+        lists: Mapping[str, Mapping[int, str]] | None = None,
+    ) -> list[int]:
         """Append labels of any source, each with its scores and, if it has one, its note.
 
         Args:
             labels: one without a text is about its note alone. starred: features to star as well.
+            lists: by name, features to put into lists, each with its note there, as :meth:`add_to_list` does.
 
         Returns:
             the id of each; of its note if it has no text.
 
         Raises:
-            InputError: a feature's number is below 0, or a label has neither text nor note.
+            InputError: a feature's number is below 0, a label has neither text nor note, or holds something that is
+                no text or no figure.
         """
-        labels, features = list(labels), [_checked(feature) for feature in starred]
+        labels, features = [_checked_label(label) for label in labels], [_checked(each) for each in starred]
         for label in labels:
-            if not label.text.strip() and not label.note.strip():
+            if not label.text and not label.note:
                 raise InputError(f"The new label of feature {label.feature} is empty: give it a text.")
-        if not labels and not features:
+        listed = {
+            _list_name(name): {
+                _checked(each): _checked_text(note, "note of a list") for each, note in members.items()
+            }
+            for name, members in (lists or {}).items()
+        }
+        if not labels and not features and not listed:
             return []
         with self._file.writing() as connection:
-            ids = _append(connection, [label for label in labels if label.text.strip()])
+            ids = _append(connection, [label for label in labels if label.text])
             added = iter(ids)
             result = []
             for label in labels:
-                noted = label.note.strip() and _put_note(connection, label.feature, label.note, label.author)
-                result.append(next(added) if label.text.strip() else int(noted))
+                noted = label.note and _put_note(connection, label.feature, label.note, label.author)
+                result.append(next(added) if label.text else int(noted))
             _star(connection, features, True)
+            for name, members in listed.items():
+                self._put_in_list(connection, name, members)
         return result
 
     def put_automatic(self, labels: Iterable[Label], inputs: Mapping[str, Any] | None = None) -> None:
@@ -301,12 +344,14 @@ class Labels:
             inputs: hashes and settings that the labels were derived from; see :attr:`inputs`.
 
         Raises:
-            InputError: a feature has two of them, or one of them is not automatic or has no text.
+            InputError: a feature has two of them, one of them is not automatic or has no text, or they are of another
+                SAE than the labels that are here.
         """
-        labels = list(labels)
+        labels = [_checked_label(label) for label in labels]
+        derived = dict(inputs or {})
         features: dict[int, Label] = {}
         for label in labels:
-            if label.source != "automatic" or not label.text.strip():
+            if label.source != "automatic" or not label.text:
                 raise InputError(f"The label of feature {label.feature} is not an automatic one with a text.")
             if label.feature in features:
                 raise InputError(f"Feature {label.feature} has two automatic labels: give it one.")
@@ -318,11 +363,15 @@ class Labels:
             )
             gone = [Label(feature, "", "automatic") for (feature,) in before if feature not in features]
             _append(connection, [*gone, *labels])
-            connection.execute("UPDATE state SET inputs = ?", (json.dumps(dict(inputs or {})),))
+            held = self._file.check_sae(connection, derived.get("sae_hash"))
+            derived |= {} if held is None else {"sae_hash": held}
+            connection.execute("UPDATE state SET inputs = ?", (json.dumps(derived),))
 
     @property
     def inputs(self) -> dict[str, Any] | None:
-        """What the automatic labels were derived from; None if there have been none yet."""
+        """What the automatic labels were derived from, where there are none only the hash of the SAE; None if not even
+        that is known.
+        """
         with self._file.reading() as connection:
             row = connection.execute("SELECT inputs FROM state").fetchone() if connection else None
         return json.loads(row[0]) if row and row[0] is not None else None
@@ -331,8 +380,9 @@ class Labels:
         """Append a score to a label; the newest of its kind counts.
 
         Raises:
-            InputError: there is no label of that id.
+            InputError: there is no label of that id, or a figure of the score is none.
         """
+        _check_score(score)
         with self._file.writing() as connection:
             if not connection.execute("SELECT 1 FROM labels WHERE id = ?", (int(label_id),)).fetchone():
                 raise InputError(f"{self.path} holds no label of the id {label_id}.")
@@ -378,16 +428,10 @@ class Labels:
         Raises:
             InputError: the name is empty.
         """
-        name = _list_name(name)
-        checked = [_checked(feature) for feature in features]
+        name, note = _list_name(name), _checked_text(note, "note of a list")
+        members = {_checked(feature): note for feature in features}
         with self._file.writing() as connection:
-            connection.execute("INSERT OR IGNORE INTO lists (name) VALUES (?)", (name,))
-            number = self._list(connection, name)
-            connection.executemany(
-                """INSERT INTO members VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET note = ?3 WHERE ?3 <> ''""",
-                [(number, feature, note.strip()) for feature in checked],
-            )
-            next_ids(connection)
+            self._put_in_list(connection, name, members)
 
     def remove_from_list(self, name: str, features: Iterable[int]) -> None:
         """Take features out of a list; those that are not in it change nothing.
@@ -434,6 +478,17 @@ class Labels:
             row = connection.execute("SELECT counter FROM state").fetchone() if connection else None
         return int(row[0]) if row else 0
 
+    def mark(self, change: int) -> str:
+        """What the write of that number in this file's past was marked with, at random; "" if there was none.
+
+        Two files, or a file and an older copy of it that was put back, are alike up to a change if their marks of it
+        are; then :meth:`changed_since` tells what is new.
+        """
+        query = "SELECT hex(mark) FROM writes WHERE counter = ?"
+        with self._file.reading() as connection:
+            row = connection.execute(query, (change,)).fetchone() if connection else None
+        return str(row[0]) if row else ""
+
     def changed_since(self, change: int) -> "Set[int]":
         """The features whose label, its scores or whose note changed after :meth:`change` said ``change``."""
         query = """SELECT feature FROM labels WHERE id > ?1 UNION SELECT feature FROM notes WHERE id > ?1 UNION
@@ -458,6 +513,15 @@ class Labels:
                 best[feature] = replace(best.get(feature, Label(feature, "")), note=note)
         return dict(sorted(best.items()))
 
+    def _put_in_list(self, connection: sqlite3.Connection, name: str, members: Mapping[int, str]) -> None:
+        connection.execute("INSERT OR IGNORE INTO lists (name) VALUES (?)", (name,))
+        number = self._list(connection, name)
+        connection.executemany(
+            """INSERT INTO members VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET note = ?3 WHERE ?3 <> ''""",
+            [(number, feature, note.strip()) for feature, note in members.items()],
+        )
+        next_ids(connection)
+
     def _list(self, connection: sqlite3.Connection, name: str) -> int:
         row = connection.execute("SELECT id FROM lists WHERE name = ?", (name.strip(),)).fetchone()
         if row is None:
@@ -468,13 +532,59 @@ class Labels:
 
 
 def _checked(feature: int) -> int:
-    if not 0 <= feature <= _LARGEST_FEATURE:
+    """The number of a feature as Python's own, which is all that SQLite takes."""
+    number = index(feature) if hasattr(feature, "__index__") else -1
+    if not 0 <= number <= _LARGEST_FEATURE:
         raise InputError(f"There is no feature {feature}: features are numbered from 0.")
-    return int(feature)
+    return number
+
+
+def _checked_label(label: Label) -> Label:
+    """The label with its text and note stripped.
+
+    Raises:
+        InputError: something in it cannot be stored. Nothing has been written yet then.
+    """
+    feature = _checked(label.feature)
+    if label.source not in SOURCES:
+        raise InputError(
+            f"The source of a label is {label.source!r}, and must be one of {', '.join(SOURCES)}."
+        )
+    for name in _LABEL_TEXTS:
+        _checked_text(getattr(label, name), name)
+    for score in label.scores:
+        _check_score(score)
+    text, note = label.text.strip(), label.note.strip()
+    same = type(label.feature) is int and text == label.text and note == label.note
+    return label if same else replace(label, feature=feature, text=text, note=note)
+
+
+def _checked_text(value: str, name: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"The {name} is {value!r}, and must be a text.")
+    return value
+
+
+def _check_score(score: Score) -> None:
+    if score.kind not in SCORE_KINDS:
+        raise InputError(
+            f"The kind of a score is {score.kind!r}, and must be one of {', '.join(SCORE_KINDS)}."
+        )
+    if not isinstance(score.value, Real) or math.isnan(score.value):
+        raise InputError(f"The value of a score is {score.value!r}, and must be a number.")
+    for name in ("value", *_SCORE_FIGURES):
+        value = getattr(score, name)  # nan is stored as None: it was not measured
+        if value is not None and (not isinstance(value, Real) or math.isinf(value)):
+            raise InputError(f"The {name} of a score is {value!r}, and must be a number.")
+    is_whole = isinstance(score.n, Real) and 0 <= score.n < 2**63 and score.n == int(score.n)
+    if not is_whole:
+        raise InputError(f"The n of a score is {score.n!r}, and must be a whole number from 0 on.")
+    _checked_text(score.judge, "judge")
+    _checked_text(score.made, "made")
 
 
 def _list_name(name: str) -> str:
-    if not name.strip():
+    if not _checked_text(name, "name of a list").strip():
         raise InputError("A list needs a name that is not empty.")
     return name.strip()
 
@@ -510,7 +620,7 @@ def _labels(connection: sqlite3.Connection, condition: str, arguments: tuple[Any
 
 
 def _append(connection: sqlite3.Connection, labels: Sequence[Label]) -> list[int]:
-    """Write labels and their scores; returns the ids of the labels."""
+    """Write labels that have been checked, and their scores; returns the ids of the labels."""
     if not labels:
         return []
     first, now = next_ids(connection, len(labels)), _now()
@@ -518,7 +628,7 @@ def _append(connection: sqlite3.Connection, labels: Sequence[Label]) -> list[int
         f"INSERT INTO labels ({_LABEL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             (
-                *(first + place, _checked(label.feature), label.source, label.text.strip(), label.author),
+                *(first + place, label.feature, label.source, label.text, label.author),
                 *(label.method, label.pattern, label.made or now, label.prompt_hash, label.examples_hash),
             )
             for place, label in enumerate(labels)
@@ -543,7 +653,7 @@ def _insert_scores(connection: sqlite3.Connection, scores: Sequence[tuple[int, S
 
 def _plain(score: Score, now: str) -> tuple[Any, ...]:
     """The figures as Python's own numbers, which are all that SQLite takes."""
-    figures = (score.low, score.high, score.precision, score.recall, score.upper, score.control)
+    figures = (getattr(score, name) for name in _SCORE_FIGURES)
     numbers = (None if figure is None else float(figure) for figure in figures)
     return (score.kind, float(score.value), int(score.n), *numbers, score.judge, score.made or now)
 

@@ -1,7 +1,7 @@
 """Labels near a query in meaning, by a sentence encoder on this machine; nothing is ever downloaded.
 
-The vectors of label texts are kept in ``features/meaning/``, one for each distinct text, so that a changed label costs
-one more encoding and nothing else.
+The vectors of label texts are kept in a folder, ``features/meaning/`` of the run, one for each distinct text, so that a
+changed label costs one more encoding and nothing else.
 """
 
 import hashlib
@@ -38,12 +38,14 @@ def nearest_labels(
     run: "Run",
     query: str,
     n: int,
+    folder: Path,
     encoder: str | Encoder | None = None,
     progress: Progress = silent,
 ) -> list[tuple[int, float]]:
     """(feature, cosine) of the n features whose labels are nearest to ``query``; of equals, the lower number first.
 
     Args:
+        folder: where vectors are kept.
         encoder: one, or the name or folder of a sentence-transformers model that is on this machine.
 
     Raises:
@@ -56,7 +58,7 @@ def nearest_labels(
     if encoder is None or isinstance(encoder, str):
         encoder = _load(encoder or DEFAULT_ENCODER)
     texts, text_of = np.unique(table["text"].to_numpy(dtype=object), return_inverse=True)
-    vectors = _vectors(run.folder.path / "features" / "meaning", texts.tolist(), encoder, progress)
+    vectors = _vectors(folder, texts.tolist(), encoder, progress)
     wanted = _unit(encoder.encode([query]))[0].astype(np.float32)
     parts = (vectors[start : start + _ROWS_AT_ONCE] for start in range(0, len(vectors), _ROWS_AT_ONCE))
     similarity = np.concatenate([part.astype(np.float32) @ wanted for part in parts])[text_of]

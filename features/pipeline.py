@@ -556,8 +556,8 @@ class Pipeline:
             names = (aside(labels.sae_hash, number) for number in count(1))
             labels.move_to(next(path for path in names if not path.exists()))
         if not self.run.labels.exists():
-            names = takewhile(Path.exists, (aside(sae.hash, number) for number in count(1)))
-            ours = [kept for path in names if (kept := Labels.open(path)).sae_hash == sae.hash]
+            kept = takewhile(Path.exists, (aside(sae.hash, number) for number in count(1)))
+            ours = [each for each in map(Labels.open, kept) if each.sae_hash == sae.hash]
             if ours:
                 ours[-1].move_to(self.run.labels)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from activations.errors import InputError
 from activations.progress import Progress, silent
+from features.score import wilson
 from features.separation import Values, separation
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def probe_table(
     Returns:
         columns probe, dimensions, auc, auc_low, auc_high, accuracy, accuracy_low, accuracy_high, chosen. AUC is over
         the pairs of texts of one fold, with Newcombe's 95% interval (2006, method 5); accuracy is the mean of the
-        shares of both sets judged rightly, with the mean of their Wilson intervals; ``chosen`` says which features were
+        shares of both sets judged rightly, with the mean of their Wilson intervals. Intervals are as wide as for so
+        many texts as there are groups: those of one group may all be alike. ``chosen`` says which features were
         chosen in how many folds.
 
     Raises:
@@ -105,6 +107,7 @@ def probe_table(
         f"best {k} features": (k, on_best),
         "best feature": (1, on_one),
     }
+    n_groups = [len(np.unique(_numbers(groups, len(in_a))[which])) for which in (in_a, ~in_a)]
     rows = []
     # Products this small are slower on several threads, and would have other bits.
     with threadpool_limits(1), progress("probes", total=len(probes) * len(folds), unit="fits") as step:
@@ -113,7 +116,7 @@ def probe_table(
             for train, test in folds:
                 scores[test] = fit(train, test)
                 step(1)
-            figures = _figures(scores, in_a, folds)
+            figures = _figures(scores, in_a, folds, *n_groups)
             chosen = _chosen(picked.get(name, Counter()), len(folds))
             rows.append({"probe": name, "dimensions": dimensions, **figures, "chosen": chosen})
     columns = {key: [row[key] for row in rows] for key in rows[0]}
@@ -145,18 +148,11 @@ def auc_interval(auc: float, n_a: int, n_b: int) -> tuple[float, float]:
     return edge(0.0), edge(1.0)
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """95% interval of a share of n cases (Wilson 1927)."""
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
-
-
 def _folds(in_a: np.ndarray, groups: Sequence[Any] | None, n: int, seed: int) -> Folds:
     """(train, test) of at most n folds, both sets spread evenly over them; every train part has both."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    of = np.arange(len(in_a)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    of = _numbers(groups, len(in_a))
     n = min(n, *(len(np.unique(of[in_a == which])) for which in (True, False)))
     if n < 2:
         raise InputError(
@@ -170,6 +166,11 @@ def _folds(in_a: np.ndarray, groups: Sequence[Any] | None, n: int, seed: int) ->
     if not all(in_a[train].any() and not in_a[train].all() for train, _ in found):
         raise InputError("The groups leave a fold without texts of one set: give smaller groups, or none.")
     return found
+
+
+def _numbers(groups: Sequence[Any] | None, n: int) -> np.ndarray:
+    """int64 ``[n]``, the group of each text; without groups each is its own."""
+    return np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
 
 
 def _logistic(
@@ -235,19 +236,19 @@ def _auc(scores: np.ndarray, in_a: np.ndarray, folds: Folds) -> float:
     return right / pairs if pairs else 0.5
 
 
-def _figures(scores: np.ndarray, in_a: np.ndarray, folds: Folds) -> dict[str, float]:
-    n_a, n_b = int(in_a.sum()), int((~in_a).sum())
+def _figures(scores: np.ndarray, in_a: np.ndarray, folds: Folds, n_a: int, n_b: int) -> dict[str, float]:
+    """With intervals of ``n_a`` and ``n_b`` independent cases."""
     auc = _auc(scores, in_a, folds)
     auc_low, auc_high = auc_interval(auc, n_a, n_b)
-    rates = [float((scores[in_a] > 0).mean()), float((scores[~in_a] <= 0).mean())]
-    bounds = [wilson_interval(rate, n) for rate, n in zip(rates, (n_a, n_b), strict=True)]
+    rates = np.array([(scores[in_a] > 0).mean(), (scores[~in_a] <= 0).mean()])
+    low, high = wilson(rates * [n_a, n_b], np.array([n_a, n_b]))
     return {
         "auc": auc,
         "auc_low": auc_low,
         "auc_high": auc_high,
         "accuracy": float(np.mean(rates)),
-        "accuracy_low": float(np.mean([low for low, _ in bounds])),
-        "accuracy_high": float(np.mean([high for _, high in bounds])),
+        "accuracy_low": float(low.mean()),
+        "accuracy_high": float(high.mean()),
     }
 
 

@@ -5,23 +5,30 @@ the next one when labels have changed. Results come in the order of a stored imp
 
     importance = trust · log(1 + firings) / log(1 + positions)
 
-where trust is the score of the label, 1 for a person's label that was not scored, and :data:`UNSCORED` for others:
-what is well labelled and fires often enough to matter comes first.
+where trust is the F1 of the label; 2 · BA − 1 if it was judged by balanced accuracy, which is ½ for an empty phrase; 1
+for a person's label that was not scored, and :data:`UNSCORED` for others, and at most for a label that is no better
+than its shuffled control. What is well labelled and fires often enough to matter comes first.
+
+The database is kept in the run; for a run that cannot be written to, in the user's cache folder.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from math import log1p
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from activations.cache import Cache
 from activations.errors import InputError
 from activations.files import hash_json
 from activations.progress import Progress, silent
 from features.search_file import FIELDS, Entry, SearchFile, Sought
-from features.terms import folded, number_of, pieces, regex_of, terms
+from features.terms import folded, is_unicode, number_of, pieces, regex_of, terms
 
 if TYPE_CHECKING:
+    from features.labels import Score
     from features.meaning import Encoder
     from features.run import Run
     from features.tables import FeatureTable
@@ -32,6 +39,9 @@ UNSCORED = 0.1
 """Trust in a label that nobody scored."""
 TOP_TOKENS = 10
 """Top tokens of a feature that can be searched for."""
+
+CACHE_BYTES = 4 << 30
+"""Databases of runs that cannot be written to take at most so much room."""
 
 _SNIPPET = 80  # characters
 _BEFORE = 25  # of them before what was found
@@ -61,16 +71,20 @@ def search(
         encoder: the sentence encoder for it, or its name.
 
     Returns:
-        columns feature, label, score, source, density, matched (the texts in which it was found) and snippet; with
-        ``meaning`` also similarity. ``attrs["read_as"]`` says how words were read that stand nowhere as typed.
+        columns feature, label, score, score_kind, source, density, matched (the texts in which it was found) and
+        snippet; with ``meaning`` also similarity. ``attrs["read_as"]`` says how words were read that stand nowhere as
+        typed; ``attrs["remarks"]`` the same in sentences, or that nothing was found.
 
     Raises:
-        InputError: the query is empty or no regular expression; or, for meaning, there is no sentence encoder.
+        InputError: the query is empty, not valid Unicode or no regular expression; or, for meaning, there is no
+            sentence encoder.
     """
     if not query.strip():
         raise InputError(
             'There is nothing to look for: give a word, a "phrase", a prefix*, a /regex/ or a number.'
         )
+    if not is_unicode(query):
+        raise InputError("What is looked for holds half of a character: type it in UTF-8.")
     if n < 1:
         raise InputError(f"A search for {n} results finds nothing: ask for at least 1.")
     file = search_file(run, progress=progress)
@@ -80,40 +94,85 @@ def search(
         pattern, ignore_case = regex
         found = file.with_pattern(pattern, n, ignore_case=ignore_case)
         rows = [_row(entry, fields, _around(_text(entry, fields[0]), 0)) for entry, fields in found]
-        return _table(rows, query)
+        return _table(rows, query, "No label, top token or note matches it")
     number = number_of(query)
     rows = (
         [] if number is None else [_row(entry, ["number"], entry.label) for entry in file.features([number])]
     )
-    entries, sought = file.with_terms(pieces(query), n)
+    asked = pieces(query)
+    entries, sought = file.with_terms(asked, n)
     rows += [_found(entry, sought) for entry in entries if entry.feature != number]
-    table = _table(rows[:n], query)
-    table.attrs["read_as"] = {
-        piece: [" ".join(option) for option in one.alternatives] + ["…"] * one.is_prefix
-        for piece, one in zip((" ".join(piece.terms) for piece in pieces(query)), sought, strict=True)
-        if one.guess
+    read_as = {
+        one.terms[0]: [" ".join(option) for option in found.alternatives] + ["…"] * found.is_prefix
+        for one, found in zip(asked, sought, strict=True)
+        if found.guess
     }
+    if len(asked) > 1:
+        nothing = f"No feature has all {len(asked)} parts of this in its label, top tokens and note"
+    else:
+        nothing = "No label, top token or note has it"
+    if number is not None:
+        nothing += f", and features are numbered from 0 to {run.index.d_sae - 1:,}"
+    table = _table(rows[:n], query, nothing)
+    table.attrs["read_as"] = read_as
+    table.attrs["remarks"] += [
+        f"{typed} stands nowhere, read as {', '.join(words)}"
+        if words
+        else f"{typed} stands nowhere, nor does a word that begins so or is spelt nearly so"
+        for typed, words in read_as.items()
+    ]
     return table
 
 
 def search_file(run: "Run", *, progress: Progress = silent) -> SearchFile:
-    """The search database of a run, up to date: made anew where it is missing or belongs to another index."""
-    file = SearchFile(run.folder.path / "features" / "search.sqlite")
+    """The search database of a run, up to date: made anew where it is missing or belongs to another index or past."""
     inputs = {"index": hash_json(run.index.manifest["inputs"]), "labels": hash_json(run.labels.inputs)}
-    if file.change(inputs) == run.labels.change():
-        return file
+    for folder in (run.folder.path / "features", _home(run)):
+        file = SearchFile(folder / "search.sqlite")
+        if file.state(inputs) == _state_of(run):
+            return file
     with file.writing():
-        known, change = file.change(inputs), run.labels.change()  # another process may have been quicker
+        known, state = file.state(inputs), _state_of(run)  # another process may have been quicker
         features = range(run.index.d_sae)
         changed = None
-        if known is not None and known <= change:
-            changed = sorted(feature for feature in run.labels.changed_since(known) if feature in features)
+        if known is not None and run.labels.mark(known[0]) == known[1]:
+            changed = sorted(feature for feature in run.labels.changed_since(known[0]) if feature in features)
         if changed is None or len(changed) > max(_AT_ONCE, len(features) * _SHARE_AT_ONCE):
             with progress("search", total=len(features), unit="features") as step:
-                file.build(_all_entries(run), inputs, change, step)
-        elif known != change:
-            file.update(list(_changed_entries(run, changed)), change)
+                file.build(_all_entries(run), inputs, state, step)
+        elif known != state:
+            file.update(list(_changed_entries(run, changed)), state)
     return file
+
+
+def _state_of(run: "Run") -> tuple[int, str]:
+    """Number and mark of the last change of the labels."""
+    change = run.labels.change()
+    return change, run.labels.mark(change)
+
+
+def _home(run: "Run") -> Path:
+    """The folder for what is derived from labels: in the run, or in the user's cache if that cannot be written to."""
+    folder: Path = run.folder.path / "features"
+    if os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        return folder
+    cache, key = Cache("search", CACHE_BYTES), hash_json(str(folder.resolve()))
+    home = cache.find(key)
+    if home is None:
+        with cache.new(key) as new:
+            new.mkdir()
+        home = cache.find(key)
+    assert home is not None
+    return home
+
+
+def trust(source: str, score: "Score | None") -> float:
+    """How far a label is believed, 0 to 1, by who gave it and how it was scored; see the head of this module."""
+    if score is None:
+        return 1.0 if source == "person" else UNSCORED
+    value = score.value if score.kind == "tokens" else max(2 * score.value - 1, 0.0)
+    is_better = score.control is None or score.value > score.control
+    return value if is_better else min(value, UNSCORED)
 
 
 def importance(trust: float, firings: int, positions: int) -> float:
@@ -123,13 +182,26 @@ def importance(trust: float, firings: int, positions: int) -> float:
 
 def _all_entries(run: "Run") -> Iterator[Entry]:
     """Of every feature of the index, from one table of all labels."""
+    from features.labels import Score
+    from features.tables import labels_of
+
     table = run.labels.table()
-    scores = table["f1"].fillna(table["detection"]).fillna(table["fuzzing"])
-    columns = (table["feature"], table["text"], table["note"], table["source"], scores)
-    labels = {
-        int(feature): (text, note, source, None if np.isnan(score) else float(score))
-        for feature, text, note, source, score in zip(*(c.tolist() for c in columns), strict=True)
+    is_judged = table["f1"].isna() & (table["detection"].notna() | table["fuzzing"].notna())
+    judged = table["feature"][
+        is_judged
+    ].tolist()  # few, as judging costs money: the table lacks their controls
+    scores = {
+        feature: label.score
+        for feature, label in zip(judged, labels_of(run, judged), strict=True)
+        if label is not None
     }
+    columns = [table[name].tolist() for name in ("feature", "text", "note", "source", "f1", "control")]
+    labels = {}
+    for feature, text, note, source, f1, control in zip(*columns, strict=True):
+        score = scores.get(feature)
+        if not np.isnan(f1):
+            score = Score("tokens", f1, 0, control=None if np.isnan(control) else control)
+        labels[feature] = (text, note, source, score)
     for feature, tokens in enumerate(_top_tokens(run, range(run.index.d_sae))):
         yield _made(run, feature, tokens, *labels.get(feature, ("", "", "", None)))
 
@@ -143,17 +215,24 @@ def _changed_entries(run: "Run", features: Sequence[int]) -> Iterator[Entry]:
         if label is None:
             yield _made(run, feature, tokens, "", "", "", None)
         else:
-            score = None if label.score is None else label.score.value
-            yield _made(run, feature, tokens, label.text, label.note, label.source, score)
+            yield _made(run, feature, tokens, label.text, label.note, label.source, label.score)
 
 
 def _made(
-    run: "Run", feature: int, tokens: str, text: str, note: str, source: str, score: float | None
+    run: "Run", feature: int, tokens: str, text: str, note: str, source: str, score: "Score | None"
 ) -> Entry:
-    trust = score if score is not None else 1.0 if source == "person" and text else UNSCORED
-    weight = importance(trust, int(run.index.count[feature]), run.index.n_tokens)
-    density = float(run.index.density[feature])
-    return Entry(feature, weight, text or "", tokens, note or "", score, source if text else "", density)
+    believed = trust(source, score) if text else UNSCORED
+    return Entry(
+        feature,
+        importance(believed, int(run.index.count[feature]), run.index.n_tokens),
+        label=text or "",
+        tokens=tokens,
+        note=note or "",
+        score=None if score is None else score.value,
+        score_kind="" if score is None else score.kind,
+        source=source if text else "",
+        density=float(run.index.density[feature]),
+    )
 
 
 def _top_tokens(run: "Run", features: Iterable[int]) -> Iterator[str]:
@@ -195,6 +274,7 @@ def _row(entry: Entry, fields: Sequence[str], snippet: str) -> dict[str, Any]:
         "feature": entry.feature,
         "label": entry.label,
         "score": np.nan if entry.score is None else entry.score,
+        "score_kind": entry.score_kind,
         "source": entry.source,
         "density": entry.density,
         "matched": ", ".join(fields),
@@ -202,14 +282,18 @@ def _row(entry: Entry, fields: Sequence[str], snippet: str) -> dict[str, Any]:
     }
 
 
-_COLUMNS = ("feature", "label", "score", "source", "density", "matched", "snippet")
+_COLUMNS = ("feature", "label", "score", "score_kind", "source", "density", "matched", "snippet")
 
 
-def _table(rows: Sequence[dict[str, Any]], query: str) -> "FeatureTable":
+def _table(rows: Sequence[dict[str, Any]], query: str, nothing: str) -> "FeatureTable":
+    """Args: nothing: what is said if there is no row."""
     from features.tables import FeatureTable
 
     columns = {name: [row[name] for row in rows] for name in _COLUMNS}
-    return FeatureTable.of(columns, kind="search", title=f"Features found for {query}", by="score")
+    title = f"{'Features' if rows else 'Nothing'} found for {query}"
+    table = FeatureTable.of(columns, kind="search", title=title, by="score")
+    table.attrs["remarks"] = [] if rows else [nothing]
+    return table
 
 
 def _by_meaning(
@@ -223,7 +307,7 @@ def _by_meaning(
     from features.meaning import nearest_labels
     from features.tables import FeatureTable
 
-    found = nearest_labels(run, query, n, encoder, progress)
+    found = nearest_labels(run, query, n, _home(run) / "meaning", encoder, progress)
     rows = [_row(entry, ["label"], entry.label) for entry in file.features(feature for feature, _ in found)]
     columns = {name: [row[name] for row in rows] for name in _COLUMNS}
     columns["similarity"] = [similarity for _, similarity in found]

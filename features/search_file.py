@@ -8,7 +8,7 @@ entry                   one row per feature, by rank: what is shown of it
 terms                   FTS5 without content: which terms stand in which row
 vocabulary              all words of one length, a line each: prefixes and typing errors are looked up here
 chunk                   label, tokens and note of some rows as an Arrow table: what regular expressions read
-state                   what it was made from, and the number of the last change of the labels that it knows
+state                   what it was made from, and number and mark of the last change of the labels that it knows
 ======================  ==========================================================================
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 from activations.errors import InputError
 from features.terms import Piece, terms
 
-VERSION = 1
+VERSION = 2
 FIELDS = ("label", "tokens", "note")
 """The texts of an entry that are searched."""
 
@@ -44,12 +44,13 @@ _BUSY_SECONDS = 30.0
 
 _SCHEMA = f"""
 CREATE TABLE entry (rank INTEGER PRIMARY KEY, feature INTEGER NOT NULL UNIQUE, label TEXT NOT NULL,
-    tokens TEXT NOT NULL, note TEXT NOT NULL, score REAL, source TEXT NOT NULL, density REAL NOT NULL);
+    tokens TEXT NOT NULL, note TEXT NOT NULL, score REAL, score_kind TEXT NOT NULL, source TEXT NOT NULL,
+    density REAL NOT NULL);
 CREATE VIRTUAL TABLE terms USING fts5(label, tokens, note, content='', columnsize=0, tokenize='ascii',
     prefix='{" ".join(map(str, range(1, _INDEXED_PREFIX + 1)))}');
 CREATE TABLE vocabulary (length INTEGER PRIMARY KEY, words TEXT NOT NULL);
 CREATE TABLE chunk (first INTEGER PRIMARY KEY, rows BLOB NOT NULL);
-CREATE TABLE state (inputs TEXT NOT NULL, change INTEGER NOT NULL);
+CREATE TABLE state (inputs TEXT NOT NULL, change INTEGER NOT NULL, mark TEXT NOT NULL);
 """
 
 
@@ -62,6 +63,7 @@ class Entry:
         importance: 0 to 1; the most important come first.
         label, tokens, note: texts, empty if there is none; each token is a line.
         score: of the label; None if it was not scored.
+        score_kind: what kind of score it is, "" if there is none.
         source: who gave the label, "" if there is none.
         density: share of positions at which the feature fires.
     """
@@ -72,6 +74,7 @@ class Entry:
     tokens: str
     note: str
     score: float | None
+    score_kind: str
     source: str
     density: float
 
@@ -131,30 +134,30 @@ class SearchFile:
         with FileLock(f"{self.path}.lock"):
             yield
 
-    def change(self, inputs: Mapping[str, Any]) -> int | None:
-        """The last change of the labels that it knows; None if it must be made anew for these ``inputs``."""
+    def state(self, inputs: Mapping[str, Any]) -> tuple[int, str] | None:
+        """Number and mark of the last change of the labels that it knows; None if it is not of these ``inputs``."""
         if not self.path.is_file():
             return None
         try:
             with self._connected() as connection:
-                made_from, change = connection.execute("SELECT inputs, change FROM state").fetchone()
+                made_from, *state = connection.execute("SELECT inputs, change, mark FROM state").fetchone()
         except (InputError, TypeError):
             return None  # broken, or another program's: it only holds what can be made again
-        return int(change) if made_from == _key(inputs) else None
+        return (int(state[0]), str(state[1])) if made_from == _key(inputs) else None
 
     def build(
         self,
         entries: Iterable[Entry],
         inputs: Mapping[str, Any],
-        change: int,
+        state: tuple[int, str],
         step: Callable[[int], None] = lambda done: None,
     ) -> None:
         """Make it anew, inside :meth:`writing`; whoever reads meanwhile reads the old one.
 
         Args:
             entries: of every feature, in any order.
-            inputs: what they were made from, for :meth:`change`.
-            change: the number of the last change of the labels that they know.
+            inputs: what they were made from, for :meth:`state`.
+            state: number and mark of the last change of the labels that they know.
             step: is told how many more entries are written.
         """
         part = self.path.with_name(f"{self.path.name}.part")
@@ -178,7 +181,7 @@ class SearchFile:
                 step(len(rows))
             _add_words(connection, words)
             connection.execute("INSERT INTO terms (terms) VALUES ('optimize')")
-            connection.execute("INSERT INTO state VALUES (?, ?)", (_key(inputs), change))
+            connection.execute("INSERT INTO state VALUES (?, ?, ?)", (_key(inputs), *state))
             connection.execute("COMMIT")
         with part.open("rb+") as file:
             os.fsync(file.fileno())
@@ -186,7 +189,7 @@ class SearchFile:
         self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
         os.replace(part, self.path)
 
-    def update(self, entries: Sequence[Entry], change: int) -> None:
+    def update(self, entries: Sequence[Entry], state: tuple[int, str]) -> None:
         """Put changed entries into the place of those of the same features, all or none; inside :meth:`writing`."""
         with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -205,7 +208,7 @@ class SearchFile:
                 connection.execute("DELETE FROM entry WHERE rank = ?", (rank,))
             _add_words(connection, _insert(connection, entries))
             _repack(connection, {rank for rank, *_ in old} | {entry.rank for entry in entries})
-            connection.execute("UPDATE state SET change = max(change, ?)", (change,))
+            connection.execute("UPDATE state SET change = ?, mark = ?", state)
             connection.execute("COMMIT")
 
     def features(self, numbers: Iterable[int]) -> list[Entry]:
@@ -291,7 +294,8 @@ class SearchFile:
 
 
 _SELECT = """
-SELECT feature, entry.label, entry.tokens, entry.note, score, source, density, entry.rank FROM entry
+SELECT feature, entry.label, entry.tokens, entry.note, score, score_kind, source, density, entry.rank
+FROM entry
 """
 
 
@@ -312,9 +316,12 @@ def _insert(connection: sqlite3.Connection, entries: Sequence[Entry]) -> set[str
     """Write entries with their terms; the words among these."""
     texts = [tuple(_terms_text(getattr(entry, field)) for field in FIELDS) for entry in entries]
     connection.executemany(
-        "INSERT INTO entry (rank, feature, label, tokens, note, score, source, density)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        ((e.rank, e.feature, e.label, e.tokens, e.note, e.score, e.source, e.density) for e in entries),
+        "INSERT INTO entry (rank, feature, label, tokens, note, score, score_kind, source, density)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            (e.rank, e.feature, e.label, e.tokens, e.note, e.score, e.score_kind, e.source, e.density)
+            for e in entries
+        ),
     )
     connection.executemany(
         "INSERT INTO terms (rowid, label, tokens, note) VALUES (?, ?, ?, ?)",

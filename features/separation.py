@@ -5,10 +5,15 @@ out, but they never are.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
 
 import numpy as np
 
 from features.groups import group_starts
+
+MOST_EXACT = 25
+"""Pairs that differ, up to which the signed-rank test counts all signs instead of approximating."""
 
 _DROPPED_BITS = 10  # of the 23 binary digits of a float32
 
@@ -35,6 +40,17 @@ class Values:
         kept = texts[self.text]
         return Values(self.feature[kept], self.text[kept], self.value[kept])
 
+    def means(self, of: np.ndarray) -> "Values":
+        """Mean values over groups of texts, silent ones too.
+
+        Args:
+            of: int64 ``[n]``, the group of each text, from 0; those of -1 are left out.
+        """
+        size, some = np.bincount(of[of >= 0]), self.only(of >= 0)
+        cell, which = np.unique(some.feature * len(size) + of[some.text], return_inverse=True)
+        feature, group = np.divmod(cell, len(size))
+        return Values.of(feature, group, np.bincount(which, some.value, len(cell)) / size[group])
+
     def columns(self, features: np.ndarray, n_texts: int) -> np.ndarray:
         """Dense float64 ``[n_texts, len(features)]`` of a few features."""
         dense = np.zeros((n_texts, len(features)))
@@ -54,7 +70,8 @@ class Separation:
         auc: chance that a text of set a has a larger value than one of set b, ties counting half; 0.5 is chance.
         effect: Cohen's d of the values: difference of the means in units of the pooled standard deviation; infinite
             where both sets are constant and differ.
-        p: of the two-sided Mann-Whitney test, by the normal approximation with tie and continuity correction.
+        p: of the two-sided Mann-Whitney test, by the normal approximation with tie and continuity correction, but never
+            below the smallest that so few texts allow, 2 / C(n, n_a).
     """
 
     feature: np.ndarray
@@ -103,7 +120,7 @@ def separation(values: Values, in_a: np.ndarray, used: np.ndarray | None = None)
         rate_b=(m - m_a) / n_b,
         auc=u / (n_a * n_b),
         effect=_cohens_d(values.value, is_a, starts, n_a, n_b),
-        p=np.minimum(p, 1.0),
+        p=p.clip(min(2 / comb(n, n_a), 1.0), 1.0),
     )
 
 
@@ -111,7 +128,8 @@ def paired_p(values: Values, in_a: np.ndarray, pair: np.ndarray) -> np.ndarray:
     """p-values of the two-sided signed-rank test (Wilcoxon 1945) over matched pairs of one text of each set.
 
     What both texts of a pair have in common drops out, so that small differences show which the spread between pairs
-    hides from :func:`separation`. Pairs without a difference are left out; normal approximation with tie correction.
+    hides from :func:`separation`. Pairs without a difference are left out. Exact, ties included, where up to
+    :data:`MOST_EXACT` pairs differ; else by the normal approximation with tie correction.
 
     Args:
         pair: int64 ``[n]``, the number of each text's pair.
@@ -136,9 +154,28 @@ def paired_p(values: Values, in_a: np.ndarray, pair: np.ndarray) -> np.ndarray:
     n = np.diff(starts, append=len(feature)).astype(np.float64)
     positive = np.add.reduceat(rank * (difference > 0), starts)
     variance = n * (n + 1) * (2 * n + 1) / 24 - ties / 48
-    z = np.abs(positive - n * (n + 1) / 4) / np.sqrt(variance)
-    p[np.searchsorted(features, feature[starts])] = 2 * ndtr(-z)
+    found = 2 * ndtr(-np.abs(positive - n * (n + 1) / 4) / np.sqrt(variance))
+    for row in np.flatnonzero(n <= MOST_EXACT):
+        doubled = (2 * rank[starts[row] : starts[row] + int(n[row])]).astype(np.int64)
+        found[row] = _exact_p(tuple(doubled.tolist()), int(2 * positive[row]))
+    p[np.searchsorted(features, feature[starts])] = found
     return p
+
+
+def _exact_p(ranks: tuple[int, ...], positive: int) -> float:
+    """The share of all choices of signs with a sum of positive ranks as far from the middle; ranks are doubled."""
+    tail = _tails(ranks)[min(positive, sum(ranks) - positive)]
+    return float(min(2 * tail, 1.0))
+
+
+@lru_cache(maxsize=4096)
+def _tails(ranks: tuple[int, ...]) -> np.ndarray:
+    """The share of choices of signs whose sum of positive ranks is at most 0, 1, 2 …: features share ranks."""
+    ways = np.zeros(sum(ranks) + 1)
+    ways[0] = 1
+    for rank in ranks:
+        ways[rank:] += ways[:-rank].copy()
+    return np.asarray(np.cumsum(ways) / 2.0 ** len(ranks))
 
 
 def _midranks(value: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from features.layout import BINS_PER_DECADE, HIGHEST_EXPONENT, LOWEST_EXPONENT, N_BINS
+from features.layout import HIGHEST_EXPONENT, LOWEST_EXPONENT, N_BINS
 
 if TYPE_CHECKING:
     from features.firings import Firings
@@ -20,7 +20,7 @@ HISTOGRAM_EDGES = np.logspace(LOWEST_EXPONENT, HIGHEST_EXPONENT, N_BINS + 1).ast
 
 def histogram_bin(value: np.ndarray) -> np.ndarray:
     """The bin of each activation: int64 of the shape of ``value``, which is float32 and positive."""
-    # The upper half of a float's bits tells the bin, or the one before: so near each other the numbers are that share it.
+    # The upper half of a float's bits tells the bin, or the one before: numbers that share it are less than 1% apart.
     bins = _BIN_OF_UPPER_BITS.take(value.view(np.uint32) >> 16)
     bins += value >= _UPPER_EDGES.take(bins)
     return bins
@@ -34,7 +34,7 @@ def _bins_of_upper_bits() -> np.ndarray:
 
 
 _BIN_OF_UPPER_BITS = _bins_of_upper_bits()
-_UPPER_EDGES = np.append(HISTOGRAM_EDGES[1:-1], np.float32(np.inf))
+_UPPER_EDGES = np.append(HISTOGRAM_EDGES[1:-1], np.float32(np.nan))
 """Above which a number is in the next bin; the last bin has no end."""
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from features.labels import Label
+    from features.labels import Label, ScoreKind
     from features.run import Run
 
 _SHOWN_ROWS = 50
@@ -21,6 +21,7 @@ _FORMATS = {
     **dict.fromkeys(("activation", "specificity", "rarity"), "{:.3g}"),
     **dict.fromkeys(("density", "p", "q"), "{:.2g}"),
 }
+_SIGNS = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥"})
 
 
 class FeatureTable(pd.DataFrame):
@@ -60,19 +61,25 @@ class FeatureTable(pd.DataFrame):
     def _constructor(self) -> type["FeatureTable"]:
         return FeatureTable
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on how to read the table."""
+        return list(self.attrs.get("remarks", []))
+
     def figure(self) -> "go.Figure":
         """A plotly figure: bars of what rows are ordered by, a volcano plot of a contrast, probes with intervals."""
         draw = {"contrast": _volcano, "probes": _intervals}.get(self.kind, _bars)
         return draw(self)
 
     def __repr__(self) -> str:
-        heading = f"{self.title}\n" if self.title else ""
+        heading = "".join(f"{line}\n" for line in (self.title, *self.remarks) if line)
         return heading + presentable(self).to_string(max_rows=_SHOWN_ROWS, max_colwidth=60)
 
     def _repr_html_(self) -> str:
         import html
 
-        caption = f"<p>{html.escape(self.title)}</p>" if self.title else ""
+        heading = [line for line in (self.title, *self.remarks) if line]
+        caption = f"<p>{'<br>'.join(map(html.escape, heading))}</p>" if heading else ""
         rows = f"<p>{len(self):,} rows, the first {_SHOWN_ROWS} shown</p>" if len(self) > _SHOWN_ROWS else ""
         body = presentable(self.head(_SHOWN_ROWS)).to_html(border=0, index=False)
         beside = self.probes._repr_html_() if self.probes is not None else ""
@@ -88,30 +95,64 @@ def labels_of(run: "Run", features: Sequence[int]) -> "list[Label | None]":
 
 
 def with_labels(run: "Run", features: np.ndarray) -> dict[str, Any]:
-    """The first columns of a table: feature, label and the label's score (nan where it was not scored)."""
+    """The first columns of a table.
+
+    Returns:
+        feature, label, score (of the label, nan where it was not scored), and score_kind ("tokens", "detection" or
+        "fuzzing", which are on different scales; "" where it was not scored).
+    """
     numbers = features.tolist()
     found = labels_of(run, numbers)
-    scores = [np.nan if label is None or label.score is None else label.score.value for label in found]
+    scores = [None if label is None else label.score for label in found]
     return {
         "feature": numbers,
         "label": ["" if label is None else label.text for label in found],
-        "score": scores,
+        "score": [np.nan if score is None else score.value for score in scores],
+        "score_kind": ["" if score is None else score.kind for score in scores],
     }
 
 
+def score_text(label: str, score: float, kind: "ScoreKind") -> str:
+    """``F1 0.93`` or ``detection 0.80``; that a label was not scored; nothing where there is no label."""
+    from features.labels import SCORE_NAMES
+
+    if pd.isna(score):
+        return "not scored" if label else ""
+    return f"{SCORE_NAMES[kind]} {score:.2f}"
+
+
 def presentable(table: pd.DataFrame) -> pd.DataFrame:
-    """The same with numbers as a person reads them."""
+    """The same as a person reads it: a score with its kind, an interval in brackets, few digits."""
     shown = pd.DataFrame(table).copy()
+    if {"label", "score", "score_kind"} <= set(shown.columns):
+        shown["score"] = _scores(shown)
+        shown = shown.drop(columns="score_kind")
     for name in shown.columns.intersection(list(_FORMATS)):
         form = _FORMATS[name].format
-        shown[name] = [form(value) if pd.notna(value) else "" for value in shown[name]]
-    for name in shown.columns.intersection(["token", "example", "snippet"]):
-        shown[name] = [value.replace("\n", "⏎") for value in shown[name]]
+        shown[name] = [
+            value if isinstance(value, str) else form(value) if pd.notna(value) else ""
+            for value in shown[name]
+        ]
+    for name in ("auc", "accuracy"):
+        bounds = [f"{name}_low", f"{name}_high"]
+        if set(bounds) <= set(shown.columns):
+            cells = zip(*(shown[each] for each in (name, *bounds)), strict=True)
+            shown[name] = [f"{value} ({low}–{high})" for value, low, high in cells]
+            shown = shown.drop(columns=bounds)
+    for name in shown.columns.intersection(["label", "token", "example", "snippet"]):
+        shown[name] = [value.translate(_SIGNS) for value in shown[name]]
     return shown
 
 
+def _scores(table: pd.DataFrame) -> list[str]:
+    columns = (table["label"], table["score"], table["score_kind"])
+    return [score_text(*row) for row in zip(*columns, strict=True)]
+
+
 def _names(table: pd.DataFrame) -> list[str]:
-    return [f"{feature} · {label}" for feature, label in zip(table["feature"], table["label"], strict=True)]
+    """Feature, label and the label's score, for the figures."""
+    rows = zip(table["feature"], table["label"], _scores(table), strict=True)
+    return [" · ".join(str(part) for part in row if part != "") for row in rows]
 
 
 def _bars(table: FeatureTable) -> "go.Figure":

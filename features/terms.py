@@ -70,5 +70,14 @@ def number_of(query: str) -> int | None:
     return int(query) if _NUMBER.fullmatch(query := query.strip()) and len(query) <= 12 else None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text holds no half of a character, such as what a terminal makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _named(term: str) -> str:
     return term if term.isalnum() else f"{_SYMBOL}{ord(term):x}"

@@ -17,6 +17,7 @@ from activations.errors import InputError
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from features.groups import group_starts
+from features.terms import is_unicode
 from sae.model import SparseAutoencoder
 
 MAX_TOKENS = 4_096
@@ -79,7 +80,7 @@ def read_texts(
         max_tokens: of a text at most so many are read, in windows of the SAE's context that do not see each other.
 
     Raises:
-        InputError: a text has no token that counts, or an activation is negative.
+        InputError: a text has no token that counts or is not valid Unicode, or an activation is negative.
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
@@ -87,6 +88,8 @@ def read_texts(
     for text, name in zip(texts, called, strict=True):
         if not text.strip():
             raise InputError(f"{name} is empty: leave it out, or give it at least one word.")
+        if not is_unicode(text):
+            raise InputError(f"{name} holds half of a character: texts must be valid Unicode.")
     encoded = model.tokenizer.encode_batch(list(texts))
     ids = [text_ids[:max_tokens] for text_ids in encoded]
     n_tokens, pooled = np.zeros(len(texts), dtype=np.int64), np.zeros((len(texts), sae.d_in))

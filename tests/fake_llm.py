@@ -70,7 +70,7 @@ class FakeLLM:
     Attributes:
         answer: the text of a reply to a request. usage: the tokens of prompt and reply that it reports.
         script: responses to the next requests, first come first served; then ``answer`` answers.
-        delay_seconds: before every response.
+        delay_seconds: before every response. drip_seconds: after every byte of its body.
         requests: bodies, in the order of their arrival. headers: those that came with them, names in lower case.
         most_at_once: most requests that were ever open at the same time.
     """
@@ -80,7 +80,7 @@ class FakeLLM:
         self.answer: Callable[[Body], str] = sensible
         self.usage: tuple[int, int] | None = (100, 10)
         self.script: list[Response] = []
-        self.delay_seconds = 0.0
+        self.delay_seconds = self.drip_seconds = 0.0
         self.requests: list[Body] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
@@ -119,7 +119,12 @@ def fake_llm() -> Iterator[FakeLLM]:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                if not state.drip_seconds:
+                    self.wfile.write(content)
+                    return
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(state.drip_seconds)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client did not wait
 

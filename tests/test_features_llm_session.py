@@ -101,11 +101,16 @@ def test_what_was_asked_before_is_not_asked_again(server: FakeLLM, tmp_path: Pat
     assert len(server.requests) == 2
 
 
-def test_the_cache_does_not_care_where_the_model_is_served(server: FakeLLM, tmp_path: Path) -> None:
+def test_two_servers_may_give_different_models_one_name(server: FakeLLM, tmp_path: Path) -> None:
     ask(server, tmp_path)
     with fake_llm() as other:
-        assert ask(other, tmp_path) == "words about files"
-        assert other.requests == []
+        other.answer = lambda body: "LABEL: something else"
+        assert ask(other, tmp_path) == "something else"
+        other.url += "/"
+        assert ask(other, tmp_path) == "something else"
+        assert len(other.requests) == 1
+    assert ask(server, tmp_path) == "words about files"
+    assert len(server.requests) == 1
 
 
 @given(
@@ -193,6 +198,15 @@ def test_a_timeout_is_told(server: FakeLLM, tmp_path: Path) -> None:
     assert len(server.requests) == 2
 
 
+def test_a_reply_that_drips_is_not_waited_for(server: FakeLLM, tmp_path: Path) -> None:
+    server.drip_seconds = 0.05  # never a pause as long as the timeout, and 15 seconds for the whole
+    begun = time.monotonic()
+    assert no_answer(server, tmp_path, retries=1, timeout_seconds=0.3) == "no reply within 0.3 s"
+    assert 0.6 <= time.monotonic() - begun < 3
+    server.drip_seconds = 0.0
+    assert ask(server, tmp_path, timeout_seconds=5.0) == "words about files"
+
+
 def test_nobody_there(tmp_path: Path) -> None:
     with fake_llm() as gone:
         pass
@@ -216,6 +230,37 @@ def test_a_wrong_key_and_an_unknown_model(server: FakeLLM, tmp_path: Path) -> No
     server.script = [error(429, "pay first", "insufficient_quota")]
     assert "has no credit left" in refusal(server, tmp_path)
     assert len(server.requests) == 3
+
+
+def test_what_a_server_forbids_is_about_one_question(server: FakeLLM, tmp_path: Path) -> None:
+    """Moderation of what a text says, mostly; in a second run the good questions are answered from the cache."""
+    server.script = [error(403, "content moderated")]
+    assert no_answer(server, tmp_path) == "the server answered 403: content moderated"
+    assert len(server.requests) == 1  # asking the same again would not help
+    server.script = [error(403, "no")] * FAILURES_IN_A_ROW
+    talk = session(server, tmp_path / "b")
+    said = ""
+    for number in range(FAILURES_IN_A_ROW):
+        with pytest.raises((NoAnswer, InputError)) as caught:
+            talk.ask((Message("user", f"LABEL: {number}"),), prompts.read_label)
+        said = str(caught.value)
+    assert "got no usable answer (the last: the server answered 403: no)" in said
+
+
+def test_half_of_a_surrogate_pair_is_no_label(server: FakeLLM, tmp_path: Path) -> None:
+    server.script = [completion("LABEL: files \ud83d"), completion("LABEL: files")]
+    assert ask(server, tmp_path) == "files"
+    assert [m["content"] for m in server.requests[1]["messages"][2:]] == [
+        "LABEL: files ?",
+        "The label holds half of a surrogate pair, which is no character. Answer again, in exactly the form that was"
+        " asked for.",
+    ]
+    server.script = [completion("LABEL: \ud83d"), completion("LABEL: \udc4d")]
+    for _ in range(2):  # from the cache too
+        said = no_answer(server, tmp_path / "b")
+        assert said.startswith("The label holds half of a surrogate pair")
+        said.encode()
+    assert len(server.requests) == 4
 
 
 def test_a_model_that_takes_other_parameters_gets_them(server: FakeLLM, tmp_path: Path) -> None:

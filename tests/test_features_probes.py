@@ -9,7 +9,7 @@ from tiny_models import one_thread
 
 from activations.errors import InputError
 from features import probes as probes_module
-from features.probes import auc_interval, probe_table, wilson_interval
+from features.probes import auc_interval, probe_table
 from features.separation import Values, separation
 
 
@@ -94,6 +94,20 @@ def test_texts_of_one_group_are_never_on_both_sides() -> None:
     assert whole.auc[0] < 0.9
 
 
+def test_intervals_rest_on_groups() -> None:
+    """Ten copies of every text are not ten times as many texts."""
+    random = np.random.default_rng(6)
+    in_a, pooled, dense = np.arange(24) % 2 == 0, random.normal(size=(24, 5)), noise(24, 8)
+    copies = np.repeat(np.arange(24), 10)
+    one = probe_table(pooled, sparse(dense), in_a)
+    ten = probe_table(pooled[copies], sparse(dense[copies]), in_a[copies], groups=copies.tolist())
+    for table in (one, ten):
+        for row in table.itertuples():
+            assert (row.auc_low, row.auc_high) == pytest.approx(auc_interval(row.auc, 12, 12))
+        wide = table.accuracy_high - table.accuracy_low
+        assert ((wide > 0.3) & (wide < 0.6)).all()
+
+
 def test_same_seed_same_figures() -> None:
     in_a = np.arange(30) % 3 == 0
     pooled, values = np.random.default_rng(0).normal(size=(30, 8)), sparse(noise(30, 40))
@@ -118,8 +132,6 @@ def test_sets_that_cannot_be_left_out() -> None:
 
 
 def test_intervals() -> None:
-    assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     for auc, n_a, n_b in ((0.5, 10, 30), (0.83, 50, 50), (0.02, 5, 9)):
         for edge in auc_interval(auc, n_a, n_b):
             mean = (n_a + n_b) / 2 - 1

@@ -1,6 +1,8 @@
 """Search: every way of asking against a slow obvious one, the database kept up to date, texts that call features up."""
 
+import os
 import re
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from activations.errors import InputError
 from features import search_file as search_file_module
 from features.active import active_in
 from features.labels import Label, Score
-from features.search import importance, search, search_file
+from features.search import UNSCORED, importance, search, search_file, trust
 from features.search_file import FIELDS, Entry, SearchFile
 from features.terms import Piece, number_of, pieces, regex_of, terms
 
@@ -50,13 +52,13 @@ WORDS = (
 
 
 def entry(feature: int, label: str = "", tokens: str = "", note: str = "", weight: float = 0.5) -> Entry:
-    return Entry(feature, weight, label, tokens, note, None, "automatic", 0.01)
+    return Entry(feature, weight, label, tokens, note, None, "", "automatic", 0.01)
 
 
 def made(folder: Path, entries: Sequence[Entry], change: int = 0) -> SearchFile:
     file = SearchFile(folder / "search.sqlite")
     with file.writing():
-        file.build(entries, {"index": 1}, change)
+        file.build(entries, {"index": 1}, (change, f"mark {change}"))
     return file
 
 
@@ -74,6 +76,7 @@ def random_entries(n: int, seed: int = 0) -> list[Entry]:
             text(4).replace(" ", "\n"),
             text(3),
             None,
+            "",
             "",
             0.0,
         )
@@ -237,8 +240,8 @@ def test_an_updated_database_answers_as_one_made_anew(
     (tmp_path / "b").mkdir()
     file = made(tmp_path / "a", old, change=4)
     with file.writing():
-        file.update(changed, 9)
-    assert file.change({"index": 1}) == 9
+        file.update(changed, (9, "mark 9"))
+    assert file.state({"index": 1}) == (9, "mark 9")
     anew = made(tmp_path / "b", [new[i] if i % 3 == 0 else old[i] for i in range(200)])
     for query in ("self", "doc*", "d*", '"self return"', "->", "docstrnig", "fires on x1"):
         for n in (5, 1000):
@@ -256,17 +259,17 @@ def test_an_update_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="disk is full"), file.writing():
         patch.setattr(search_file_module, "_repack", fails)
-        file.update(random_entries(50, seed=1), 2)
-    assert file.change({"index": 1}) == 1
+        file.update(random_entries(50, seed=1), (2, "mark 2"))
+    assert file.state({"index": 1}) == (1, "mark 1")
     assert file.with_terms(pieces("fires"), 100) == before
 
 
 def test_a_broken_or_foreign_database_is_made_again(tmp_path: Path) -> None:
     file = made(tmp_path, [entry(1, "one")])
-    assert file.change({"index": 1}) == 0
-    assert file.change({"index": 2}) is None
+    assert file.state({"index": 1}) == (0, "mark 0")
+    assert file.state({"index": 2}) is None
     file.path.write_bytes(b"no database at all" * 100)
-    assert file.change({"index": 1}) is None
+    assert file.state({"index": 1}) is None
     made(tmp_path, [entry(1, "two")])
     assert [e.label for e in file.with_terms(pieces("two"), 5)[0]] == ["two"]
 
@@ -331,6 +334,85 @@ def test_labels_notes_and_scores_are_found_as_soon_as_they_are_written(run: Smal
     assert list(search(run, "brackets").feature) == [10]  # type: ignore[arg-type]
     run.index.manifest["inputs"]["number"] = 2
     assert list(search(run, "brackets").feature) == [10]  # type: ignore[arg-type]
+
+
+def test_an_older_file_of_labels_that_was_put_back_is_noticed(run: SmallRun, tmp_path: Path) -> None:
+    """Also where as much was written to it since as to the one that it replaced."""
+    run.labels.set(8, "before")
+    shutil.copy(run.labels.path, tmp_path / "backup")
+    run.labels.set(9, "brackets")
+    run.labels.set(10, "same")
+    assert list(search(run, "brackets").feature) == [9]  # type: ignore[arg-type]
+    change = run.labels.change()
+    for left_over in tmp_path.glob("labels.sqlite*"):
+        left_over.unlink()
+    shutil.copy(tmp_path / "backup", run.labels.path)
+    run.labels.set(9, "parentheses")
+    run.labels.set(10, "same")
+    assert run.labels.change() == change
+    assert list(search(run, "parentheses").feature) == [9]  # type: ignore[arg-type]
+    assert search(run, "/brackets/").empty  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def cannot_be_written(run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run, whose folder is made so; returns the cache folder of the user."""
+    cache = tmp_path / "cache of the user"
+    access = os.access
+    monkeypatch.setenv("SAESCOPE_CACHE", str(cache))
+    monkeypatch.setattr(os, "access", lambda path, mode: cache in Path(path).parents and access(path, mode))
+    return cache
+
+
+def test_a_run_that_cannot_be_written_to_is_searched_from_the_cache(
+    run: SmallRun, cannot_be_written: Path
+) -> None:
+    before = sorted(run.folder.path.iterdir())
+    assert search(run, "after").feature.iloc[0] == 4  # type: ignore[arg-type]
+    assert cannot_be_written in search_file(run).path.parents  # type: ignore[arg-type]
+    run.labels.set(9, "brackets")
+    assert list(search(run, "brackets").feature) == [9]  # type: ignore[arg-type]
+    assert search(run, "brackets", meaning=True, encoder=Counting()).feature.iloc[0] == 9  # type: ignore[arg-type]
+    assert set(run.folder.path.iterdir()) - set(before) <= {cannot_be_written}
+
+
+def test_a_database_that_is_there_serves_a_run_that_cannot_be_written_to(
+    run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(run, "after")  # type: ignore[arg-type]
+    monkeypatch.setattr(os, "access", lambda *about: False)
+    monkeypatch.setattr(SearchFile, "writing", None)
+    assert search(run, "after").feature.iloc[0] == 4  # type: ignore[arg-type]
+
+
+def test_trust_puts_scores_of_both_kinds_on_one_scale() -> None:
+    """Balanced accuracy is a half for a label that says nothing, where F1 is near 0."""
+    assert trust("automatic", Score("tokens", 0.7, 9)) == 0.7
+    assert trust("llm", Score("detection", 0.75, 9)) == trust("llm", Score("fuzzing", 0.75, 9)) == 0.5
+    assert trust("llm", Score("detection", 0.5, 9)) == trust("llm", Score("detection", 0.2, 9)) == 0
+    assert trust("llm", Score("detection", 0.8, 9, control=0.8)) == UNSCORED
+    assert trust("automatic", Score("tokens", 0.05, 9, control=0.6)) == 0.05
+    assert trust("automatic", Score("tokens", 0.6, 9, control=0.5)) == 0.6
+    assert (trust("person", None), trust("llm", None)) == (1.0, UNSCORED)
+
+
+def test_a_judged_label_ranks_by_what_it_is_better_than_chance(run: SmallRun) -> None:
+    run.index.count[:] = 100
+    judged = {11: (0.95, 0.5), 12: (0.55, 0.5), 13: (0.97, 0.98)}
+    run.labels.add(
+        Label(f, "judged", "llm", scores=(Score("detection", value, 50, control=control),))
+        for f, (value, control) in judged.items()
+    )
+    run.labels.add([Label(14, "judged", "llm", scores=(Score("tokens", 0.6, 50),))])
+    found = search(run, "judged")  # type: ignore[arg-type]
+    assert list(found.feature) == [11, 14, 12, 13]
+    assert list(found.score_kind) == ["detection", "tokens", "detection", "detection"]
+    file = search_file(run)  # type: ignore[arg-type]
+    updated = {e.feature: e for e in file.features(range(D_SAE))}
+    run.labels.set_note(11, "")
+    file.path.unlink()
+    anew = {e.feature: e for e in search_file(run).features(range(D_SAE))}  # type: ignore[arg-type]
+    assert updated == anew
 
 
 def test_a_score_shows_as_soon_as_it_is_written(run: SmallRun) -> None:

@@ -1,5 +1,6 @@
 """``sae label``: names for features, without a language model, by any, or from a file; and their scores."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
     from features.index import FeatureIndex
     from features.labels import Label, Labels, Source
     from features.llm.budget import Budget
+    from features.llm.explain import Explained
     from features.llm.judge import Judge
     from features.llm.session import Session
     from features.run import Run
-
-FAILURES = "unlabelled.json"
-"""In the run folder: the features for which the last language model had no label, and why."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Arguments:
 
     Without a language model every feature gets the pattern that predicts its firings best. With --model (any
     OpenAI-compatible endpoint, hosted or local) or --local (a Hugging Face model) the features that you choose are
-    labelled by it, and the labels judged on text that it has not seen, beside a shuffled control.
+    labelled by it, and the labels judged on text that it has not seen, beside a shuffled control. With --feature and
+    --text you name a feature yourself.
     """
 
     run: Positional[Path]
@@ -53,6 +53,14 @@ class Arguments:
     """So many features, those with the largest sum of activations."""
     every: Annotated[bool, tyro.conf.arg(name="all")] = False
     """All features that ever fire."""
+
+    feature: int | None = None
+    """With --text: the feature that you name."""
+    text: str | None = None
+    """Your label for it; an empty one takes yours away."""
+    pattern: str | None = None
+    """Where your label says that the feature fires, so that it can be scored: a token, up to four tokens in a row, or
+    /a regular expression/. ␣ may stand for a space, ⏎ for a line break, ⇥ for a tab."""
 
     from_file: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Import labels from this file or folder: CSV, JSON, Neuronpedia, delphi."""
@@ -97,6 +105,13 @@ _OF_A_MODEL = (
 )
 _CHOICES = ("features", "in_list", "top", "every")
 _OF_LABELS = (*_CHOICES, "score", "cases", "seed")
+_OF_ONE = ("feature", "text", "pattern")
+_SOURCES: "Mapping[str | None, str]" = {
+    "automatic": "an automatic label",
+    "llm": "a label by a language model",
+    "person": "a person's label",
+    "import": "an imported label",
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -105,6 +120,8 @@ def main(arguments: Sequence[str]) -> None:
     _check(given)
     if given.from_file is not None:
         _import(given)
+    elif given.text is not None:
+        _label_by_hand(given)
     elif not given.score_only and not _has_model(given):
         _label_without_model(given)
     elif given.dry_run:
@@ -137,6 +154,16 @@ def _check(given: Arguments) -> None:
         refuse(
             next(name for name in changed if name != "from_file"), "has no effect on --from: leave it out."
         )
+    for name in ("model", "local"):
+        if getattr(given, name) == "":
+            refuse(name, "is empty: give the name of a language model.")
+    if any(name in changed for name in _OF_ONE):
+        if given.feature is None or given.text is None:
+            raise InputError("A label of your own needs both: --feature and --text.")
+        for name in changed:
+            if name not in _OF_ONE:
+                refuse(name, "has no effect on a label of your own: leave it out.")
+        return
     pairs = [(name, "local") for name in ("model", "endpoint", "timeout", "retries", "concurrency")]
     pairs += [("score", "score_only"), ("score", "cases"), *pairwise(choices)]
     for one, other in pairs:
@@ -181,6 +208,23 @@ def _import(given: Arguments) -> None:
     run = open_run(given.run)
     n = import_labels(given.from_file, run.labels, run.sae.d_sae)
     console.print(f"{n:,} labels imported from {given.from_file}.", soft_wrap=True)
+
+
+def _label_by_hand(given: Arguments) -> None:
+    from app.cli.label_report import print_own
+    from app.cli.terminal import console, progress
+    from features.own_label import give_label, score_own_label
+    from features.run import open_run
+
+    assert given.feature is not None
+    assert given.text is not None
+    run = open_run(given.run)
+    give_label(run, given.feature, given.text, given.pattern or "")
+    if not given.text.strip():
+        console.print(f"Your label of feature {given.feature} is taken away.")
+        return
+    score_own_label(run, given.feature, progress=progress)
+    print_own(run.labels.all("person")[given.feature])
 
 
 def _label_without_model(given: Arguments) -> None:
@@ -237,6 +281,10 @@ def _to_judge(given: Arguments, index: "FeatureIndex", labels: "Labels") -> "dic
         of_source = labels.all(source)  # type: ignore[arg-type]
         found[source] = [of_source[feature] for feature in sorted(chosen & of_source.keys())]  # type: ignore[index]
     if not any(found.values()):
+        if given.which in _SOURCES:
+            raise InputError(
+                f"None of these features has {_SOURCES[given.which]} to judge: choose others, or leave --which out."
+            )
         raise InputError(
             f"None of these features has a label to judge: make some with sae label {given.run}."
         )
@@ -253,6 +301,7 @@ def _budget(given: Arguments) -> "Budget":
 
 
 def _estimate(given: Arguments) -> None:
+    from app.cli.label_report import counted
     from app.cli.terminal import console
     from features.llm.estimate import estimate
     from features.run import open_run
@@ -268,18 +317,17 @@ def _estimate(given: Arguments) -> None:
     prices = _budget(given).prices
     cost = f", cost about {prices.cost(found.prompt_tokens, found.completion_tokens):.2f}" if prices else ""
     console.print(
-        f"{found.features:,} features: {found.prompts:,} prompts of about {found.prompt_tokens:,} tokens, replies of"
-        f" about {found.completion_tokens:,}{cost}. What is in the cache costs nothing. Nothing was asked.",
+        f"{counted(found.features, 'feature')}: {counted(found.prompts, 'prompt')} of about"
+        f" {found.prompt_tokens:,} tokens, replies of about {found.completion_tokens:,}{cost}. What is in the cache"
+        " costs nothing. Nothing was asked.",
         soft_wrap=True,
     )
 
 
 def _use_model(given: Arguments) -> None:
     """Label, judge, or both, with a language model."""
-    from activations.files import write_json
-    from app.cli.label_report import print_explained, print_labels
-    from app.cli.terminal import console, stage
-    from features.llm.explain import explain_features
+    from app.cli.label_report import print_labels
+    from app.cli.terminal import console
     from features.llm.judge import LLMJudge
     from features.run import open_run
 
@@ -290,13 +338,7 @@ def _use_model(given: Arguments) -> None:
         shown, stopped = _with_cost(session.budget), None
         try:
             if not given.score_only:
-                stage(f"Labelling with {session.model}")
-                result = explain_features(
-                    run.index, features, session, run.labels, concurrency=_at_once(given), progress=shown
-                )
-                why = {str(feature): reason for feature, reason in sorted(result.failed.items())}
-                write_json(run.folder.path / FAILURES, {"model": session.model, "features": why})
-                print_explained(result, run.folder.path / FAILURES)
+                result = _explain(given, run, features, session, shown)
                 judged, stopped = {"llm": result.labels}, result.stopped
             if given.score and stopped is None and any(judged.values()):
                 stopped = _judge(given, run, judged, LLMJudge(session), shown)
@@ -311,6 +353,42 @@ def _use_model(given: Arguments) -> None:
             )
 
 
+def _explain(
+    given: Arguments, run: "Run", features: Sequence[int], session: "Session", progress: "Progress"
+) -> "Explained":
+    """Label features, and note those that got no label.
+
+    Raises:
+        InputError: none got one.
+    """
+    from activations.errors import InputError
+    from app.cli.label_report import print_explained
+    from app.cli.terminal import stage
+    from features.llm.explain import Explained, explain_features
+    from features.llm.failures import FAILURES, note_failures
+
+    stage(f"Labelling with {session.model}")
+    result, record = Explained(), run.folder.path / FAILURES
+    try:
+        explain_features(
+            run.index,
+            features,
+            session,
+            run.labels,
+            concurrency=_at_once(given),
+            progress=progress,
+            result=result,
+        )
+    finally:
+        note_failures(record, session.model, result)
+    if not result.labels:
+        reason = result.stopped or Counter(result.failed.values()).most_common(1)[0][0]
+        which = f"The {len(features):,} features" if len(features) > 1 else f"Feature {features[0]}"
+        raise InputError(f"{which} got no label: {reason}.")
+    print_explained(result, record)
+    return result
+
+
 def _at_once(given: Arguments) -> int:
     return given.concurrency if given.local is None else 1
 
@@ -319,14 +397,19 @@ def _judge(
     given: Arguments,
     run: "Run",
     judged: "Mapping[Source, Sequence[Label]]",
-    judge: "Judge",
+    judge: "Judge | None",
     progress: "Progress",
 ) -> str | None:
-    """Judge labels, each source's among themselves, and print what came of it; why it stopped, if it did."""
+    """Judge labels, each source's among themselves, and print what came of it; why it stopped, if it did.
+
+    Args:
+        judge: None for the labels' own patterns.
+    """
     from app.cli.label_report import print_scored
     from app.cli.terminal import progress as plain_progress
     from app.cli.terminal import stage
     from features.llm.cases import Cases
+    from features.llm.judge import PatternJudge
     from features.llm.scoring import score_labels
     from features.pipeline import Pipeline
 
@@ -338,10 +421,13 @@ def _judge(
         run.index,
         pipeline.model,
         sae,
+        features={label.feature for labels in judged.values() for label in labels},
         n_cases=given.cases,
         seed=given.seed,
         progress=plain_progress,
     )
+    if judge is None:
+        judge = PatternJudge(cases.index, pipeline.model.tokenizer.special_ids)
     others = [label for label in run.labels.all("automatic").values() if run.index.count[label.feature] > 0]
     for source, labels in judged.items():
         result = score_labels(
@@ -403,9 +489,8 @@ def _with_cost(budget: "Budget") -> "Progress":
 
 def _judge_by_patterns(given: Arguments) -> None:
     from app.cli.terminal import progress
-    from features.llm.judge import PatternJudge
     from features.run import open_run
 
     run = open_run(given.run)
     judged = _to_judge(given, run.index, run.labels)
-    _judge(given, run, judged, PatternJudge(), progress)
+    _judge(given, run, judged, None, progress)

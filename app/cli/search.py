@@ -1,5 +1,6 @@
 """``sae search``: features by words, by a text that calls them up, or by what tells two sets of texts apart."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,6 @@ from app.cli.arguments import parse
 if TYPE_CHECKING:
     from features.run import Run
     from features.tables import FeatureTable
-
-_SHOWN = {
-    "search": ("feature", "score", "density", "similarity", "label", "matched", "snippet"),
-    "active": (
-        *("feature", "score", "activation", "share", "density", "rarity", "specificity"),
-        *("position", "token", "label"),
-    ),
-    "contrast": ("feature", "score", "rate_a", "rate_b", "auc", "effect", "q", "side", "label", "example"),
-    "probes": ("probe", "auc", "auc_low", "auc_high", "accuracy", "accuracy_low", "accuracy_high", "chosen"),
-}
-_TEXTS = ("label", "snippet", "example", "chosen")  # share the room that the others leave
-_GAP = 4  # columns between two
-_LEAST_ROOM = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,8 @@ class Arguments:
     classes: tuple[str, ...] = ()
     """With --csv: one class, to be compared with all others, or two."""
     group_column: str | None = None
-    """With --csv: texts with the same value here (a matched pair) are never on both sides when probes are judged."""
+    """With --csv: texts with the same value here (a matched pair, an author) count as one for p and when probes are
+    judged."""
     value: Literal["max", "mean", "fires"] = "max"
     """With a contrast: what counts in a text, the feature's largest or mean activation or whether it fires at all."""
     n: int = 20
@@ -91,10 +80,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         table = _contrast(run, given)
     _show(table)
-    if table.kind == "contrast":
-        _explain(table)
     if given.save is not None:
-        table.to_csv(given.save, index=False)
+        _save(table, given.save)
 
 
 def _check(given: Arguments) -> None:
@@ -115,25 +102,43 @@ def _check(given: Arguments) -> None:
             raise InputError(f"{name} says something about {what}, which was not given.")
     if len(given.classes) > 2:
         raise InputError(f"--classes names {len(given.classes)} classes: name one or two.")
+    if given.save is not None:
+        _check_file(given.save)
+
+
+def _check_file(path: Path) -> None:
+    """Before the work, not after it."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"--save {path}: there is no folder {folder}; make it, or choose another.")
+    if path.is_dir():
+        raise InputError(f"--save {path} is a folder: give the name of a file in it.")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--save {path}: nothing can be written to {folder}; choose another folder.")
+
+
+def _save(table: "FeatureTable", path: Path) -> None:
+    from activations.files import write_bytes
+
+    try:
+        write_bytes(path, table.to_csv(index=False).encode())
+    except OSError as error:
+        raise InputError(f"The table cannot be written to {path} ({error.strerror}).") from None
 
 
 def _search(run: "Run", given: Arguments) -> "FeatureTable":
-    from app.cli.terminal import console, progress
+    from app.cli.terminal import progress
     from features.search import search
 
-    found = search(
+    return search(
         run, " ".join(given.query), n=given.n, meaning=given.meaning, encoder=given.encoder, progress=progress
     )
-    for typed, words in found.attrs.get("read_as", {}).items():
-        read = ", ".join(words) or "nothing: no label, token or note has such a word"
-        console.print(f"  {typed} stands nowhere, read as {read}", style="dim", soft_wrap=True)
-    return found
 
 
 def _contrast(run: "Run", given: Arguments) -> "FeatureTable":
     from app.cli.terminal import progress
     from features.contrast import contrast
-    from features.labelled_texts import LabelledTexts, read_labelled
+    from features.labelled_texts import read_labelled, read_sets
 
     if given.csv is not None:
         first, second = (*given.classes, None, None)[:2]
@@ -147,8 +152,7 @@ def _contrast(run: "Run", given: Arguments) -> "FeatureTable":
         )
     else:
         assert given.contrast is not None
-        a, b = given.contrast
-        sets = LabelledTexts(_texts(a), _texts(b), (a.name, b.name))
+        sets = read_sets(*given.contrast)
     return contrast(
         run,
         sets.a,
@@ -161,52 +165,22 @@ def _contrast(run: "Run", given: Arguments) -> "FeatureTable":
     )
 
 
-def _texts(path: Path) -> list[str]:
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    if not all(file.is_file() for file in files):
-        raise InputError(
-            f"{path} does not exist: give a folder of texts, or a file with a text in every line."
-        )
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in files]
-    except UnicodeDecodeError as error:
-        raise InputError(f"A file of {path} is not text in UTF-8 ({error}).") from None
-    return texts if path.is_dir() else [line for line in texts[0].splitlines() if line.strip()]
-
-
-def _explain(found: "FeatureTable") -> None:
-    from app.cli.terminal import console
-    from features.texts import MAX_TOKENS
-
-    facts = found.attrs
-    console.print(
-        f"  q: false-discovery rate over the {facts['tested']:,} features that fire, {facts['test']} test",
-        style="dim",
-        soft_wrap=True,
-    )
-    if facts["cut"]:
-        console.print(
-            f"  Of {facts['cut']:,} texts only the first {MAX_TOKENS:,} tokens were read",
-            style="dim",
-            soft_wrap=True,
-        )
-
-
 def _show(found: "FeatureTable") -> None:
-    """What fits on a line; ``--save`` writes all columns."""
-    from app.cli.terminal import console, table
-    from features.tables import presentable
+    """As many columns as have room on a terminal, more elsewhere, and all in the file that ``--save`` names."""
+    from rich.text import Text
+
+    from app.cli.search_table import lines
+    from app.cli.terminal import console
 
     for part in (found, found.probes):
         if part is None:
             continue
-        shown = presentable(part)[[name for name in _SHOWN[part.kind] if name in part]].astype(str)
-        numbers = [name for name in shown.columns if name not in _TEXTS]
-        used = sum(max(len(name), *shown[name].str.len(), 0) + _GAP for name in numbers)
-        texts = [name for name in shown.columns if name in _TEXTS]
-        room = max((console.width - used) // max(len(texts), 1) - _GAP, _LEAST_ROOM)
-        for name in texts:
-            shown[name] = [text if len(text) <= room else text[: room - 1] + "…" for text in shown[name]]
-        console.print(part.title, style="bold", soft_wrap=True)
-        table(list(shown.columns), [list(row) for row in shown.itertuples(index=False)])
+        console.print(Text(part.title, style="bold"), soft_wrap=True)
+        for remark in part.remarks:
+            console.print(Text(f"  {remark}", style="dim"), soft_wrap=True)
+        if not part.empty:
+            heading, *rows = lines(part, console.width if console.is_terminal else None)
+            console.print(Text(heading, style="dim"), soft_wrap=True)
+            for row in rows:
+                console.print(Text(row), soft_wrap=True)
         console.print()

@@ -82,7 +82,7 @@ def asked_feature(run: Run) -> Feature:
 
 
 def best_labelled(run: Run) -> int:
-    """The feature whose automatic label predicts it best: a good one to begin with. 0 if nothing is labelled."""
+    """The feature whose label predicts it best: a good one to begin with. 0 if nothing is labelled."""
     labels = run.labels.all().values()
     return min(labels, key=worth).feature if labels else 0
 
@@ -94,8 +94,14 @@ def random_feature(run: Run) -> int:
 
 
 def worth(label: Label | None) -> tuple[float, int]:
-    """Sorts features by the score of their label, then by the number of cases it rests on, best first."""
-    return (0.0, 0) if label is None or label.f1 is None else (-label.f1, -(label.n or 0))
+    """Sorts features by the score of their label, then by the number of cases it rests on, best first.
+
+    Scores of two kinds are compared by what they are above chance: F1 begins at 0, balanced accuracy at 0.5.
+    """
+    score = None if label is None else label.score
+    if score is None:
+        return (1.0, 0)
+    return (-score.value if score.kind == "tokens" else 1 - 2 * score.value, -score.n)
 
 
 def name_of(run: Run, feature: int) -> str:

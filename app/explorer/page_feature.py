@@ -30,6 +30,7 @@ from features.html_pieces import (
 )
 from features.label_html import provenance_html, scores_html
 from features.labels import Label
+from features.own_label import give_label, score_own_label, write_pattern
 from features.run import Feature, Run
 from features.tokens_html import chip, tokens_html
 
@@ -113,8 +114,15 @@ def _steps(run: Run, feature: Feature) -> None:
 
 
 def _name(feature: Feature) -> None:
-    """Label, where it comes from and how good it is; a person's own label and note."""
+    """Label, where it comes from and how good it is; a person's own label with its pattern, and the note."""
     labels, index = feature.run.labels, feature.index
+    if st.session_state.pop(f"to score {index}", False):
+        load_model(feature.run)
+        with st.spinner("Scoring your label on text that nobody made it from …"):
+            try:
+                score_own_label(feature.run, index)
+            except InputError as error:
+                complain(error)
     label, automatic = labels.get(index), labels.automatic(index)
     shown = label.text if label and label.text else "no label yet"
     st.html(
@@ -124,29 +132,49 @@ def _name(feature: Feature) -> None:
     )
 
     def save() -> None:
+        if not st.session_state[text_key].strip():
+            st.session_state[pattern_key] = ""  # it goes with the label
+        save_both()
+
+    def save_both() -> None:
+        pattern = st.session_state[pattern_key]
         try:
-            labels.set(index, st.session_state[text_key], note=st.session_state[note_key])
+            give_label(feature.run, index, st.session_state[text_key], pattern)
         except InputError as error:
             st.toast(escape_markdown(str(error)), icon=":material/error:", duration="long")
         else:
+            st.session_state[f"to score {index}"] = bool(pattern)
             st.toast("Saved.", icon=":material/check:")
 
-    text_key, note_key = f"label of {index}", f"note on {index}"
-    own = label.text if label and label.source == "person" else ""
-    text_place, note_place = st.columns([1, 1], gap="small")
+    def save_note() -> None:
+        labels.set_note(index, st.session_state[note_key])
+        st.toast("Saved.", icon=":material/check:")
+
+    text_key, pattern_key, note_key = f"label of {index}", f"pattern of {index}", f"note on {index}"
+    own = label if label and label.source == "person" else None
+    text_place, pattern_place, note_place = st.columns([1.3, 1, 1.3], gap="small")
     text_place.text_input(
         "Your label",
-        own,
+        own.text if own else "",
         key=text_key,
         on_change=save,
         placeholder="what would you call it? Enter saves",
         help="It stands before every other label. Empty it to have the others back.",
     )
+    pattern_place.text_input(
+        "Pattern",
+        write_pattern(own.pattern) if own else "",
+        key=pattern_key,
+        on_change=save_both,
+        placeholder="␣self   or   /https?:/",
+        help="Where your label says that the feature fires, so that it can be scored: a token, up to four tokens in a"
+        " row, or a regular expression between slashes. ␣ may stand for a space, ⏎ for a line break, ⇥ for a tab.",
+    )
     note_place.text_input(
         "Note",
         label.note if label else "",
         key=note_key,
-        on_change=save,
+        on_change=save_note,
         placeholder="anything worth remembering",
     )
 
@@ -298,7 +326,9 @@ def _coactive(feature: Feature) -> str:
         ]
         for other in feature.coactive[:NEIGHBOURS_SHOWN]
     ]
-    hint = "Jaccard: positions where both fire, of those where either does. PMI: how far above chance, in bits."
+    hint = (
+        "Jaccard: positions where both fire, of those where either does. PMI: how far above chance, in bits."
+    )
     return part("Fires together with", hint) + table_html(["feature", "Jaccard", "PMI"], rows)
 
 

@@ -12,7 +12,7 @@ from app.explorer.explorer_links import feature_address, go
 from app.explorer.explorer_state import complain, read_as, the_run, worth
 from app.explorer.explorer_style import track_html
 from features.html_pieces import Card, cards_html, number, part, percent
-from features.labels import Label
+from features.labels import SCORE_NAMES, Label
 from features.run import Run
 
 CONTROL_NAMES = {"principal_components": "PCA", "reduced_rank": "linear map", "random_weights": "random SAE"}
@@ -129,8 +129,8 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
         scores = np.full(index.d_sae, np.nan)
         texts = [""] * index.d_sae
         for label in labels.values():
-            texts[label.feature] = label.text
-            scores[label.feature] = np.nan if label.f1 is None else label.f1
+            texts[label.feature] = label.summary if label.text else ""
+            scores[label.feature] = np.nan if label.score is None else label.score.value
         figure = feature_scatter(
             firing,
             index.density[firing],
@@ -156,6 +156,13 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
     if caught:
         go(feature_address(caught[0]))
     return None
+
+
+def _measure(label: Label | None) -> str:
+    """What the score of a label is."""
+    if label is None or not label.text:
+        return ""
+    return SCORE_NAMES[label.score.kind] if label.score else "not scored"
 
 
 def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> None:
@@ -202,7 +209,8 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             "feature": features,
             "label": [label.text if label else "" for label in rows],
             "by": [label.source if label and label.text else "" for label in rows],
-            "F1": [label.f1 if label else None for label in rows],
+            "score": [label.score.value if label and label.score else None for label in rows],
+            "measure": [_measure(label) for label in rows],
             "density": index.density[features],
             "max": index.max[features],
             "mean": index.mean[features],
@@ -216,12 +224,16 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             "feature": st.column_config.NumberColumn(width=70, format="%d"),
             "label": st.column_config.TextColumn(width="large"),
             "by": st.column_config.TextColumn(width=90, help="who gave the label"),
-            "F1": st.column_config.ProgressColumn(
+            "score": st.column_config.ProgressColumn(
                 width=110,
                 min_value=0,
                 max_value=1,
                 format="%.2f",
-                help="of the label's pattern, on held-out documents",
+                help="of the label, on documents that it was not made from",
+            ),
+            "measure": st.column_config.TextColumn(
+                width=95,
+                help="F1 of the label's pattern, or the balanced accuracy of a judge, whose chance is 0.5",
             ),
             "density": st.column_config.NumberColumn(
                 width=90, format="%.2e", help="share of tokens on which it fires"

@@ -1,35 +1,59 @@
 """Labels as a table that spreadsheets open: one row per feature, the label that counts.
 
-The scores are those of :meth:`features.labels.Labels.table`; precision, intervals and judges have no column.
+The scores are those of :meth:`features.labels.Labels.table`; precision, intervals and judges have no column. A
+spreadsheet takes a text that begins with one of :data:`LIVE` for a formula, which may send the table's content
+elsewhere: such a text stands behind a quotation mark, which reading takes away.
 """
 
 import csv
 import io
+import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from activations.errors import InputError
 from features.exchange.entries import Entry, count, feature_number, one_of, share
 from features.labels import SOURCES, TABLE_COLUMNS, Label, Score, Source
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-COLUMNS = tuple("label" if name == "text" else name for name in TABLE_COLUMNS)
+COLUMNS = (*("label" if name == "text" else name for name in TABLE_COLUMNS), "pattern")
+LIVE = "=+-@\t\r"
+_LIVE_TEXT = re.compile(f"'*[{re.escape(LIVE)}]")
 NEEDED = ("feature", "label")
+_JUDGED: tuple[Literal["detection", "fuzzing"], ...] = ("detection", "fuzzing")
 _DELIMITERS = ",;\t"  # spreadsheets of countries with a decimal comma write semicolons
 _YES, _NO = ("1", "true", "yes", "x"), ("", "0", "false", "no")
 _LONGEST_CELL = 1 << 24
 
 
-def csv_text(table: "pd.DataFrame") -> str:
-    """The table of labels as CSV (RFC 4180, UTF-8); an empty cell is a figure that was not measured."""
+def csv_text(labels: Iterable[Label], starred: Iterable[int]) -> str:
+    """Labels as CSV (RFC 4180, UTF-8); an empty cell is a figure that was not measured."""
+    stars = set(starred)
     file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(COLUMNS)
-    cells = table.astype(object).assign(starred=table["starred"].map({True: "true", False: ""}))
-    writer.writerows(cells.where(cells.notna(), None).itertuples(index=False))
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    writer.writerows(_cells(label, label.feature in stars) for label in labels)
     return file.getvalue()
+
+
+def _cells(label: Label, starred: bool) -> dict[str, object]:
+    judged = {kind: label.score_of(kind) for kind in _JUDGED}
+    return {
+        "feature": label.feature,
+        "label": _quieted(label.text),
+        "source": label.source if label.text else "",
+        **{name: _quieted(getattr(label, name)) for name in ("author", "method", "pattern", "note")},
+        **{name: getattr(label, name) for name in ("f1", "upper", "control", "n")},
+        **{kind: score.value if score else None for kind, score in judged.items()},
+        "starred": "true" if starred else "",
+    }
+
+
+def _quieted(text: str) -> str:
+    return f"'{text}" if _LIVE_TEXT.match(text) else text
+
+
+def _as_it_was(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _LIVE_TEXT.match(cell) else cell
 
 
 def read_csv(content: str, name: str, d_sae: int) -> list[Entry]:
@@ -85,14 +109,16 @@ def _entry(row: dict[str, str], where: str, d_sae: int) -> Entry:
     feature = feature_number(row["feature"], where, d_sae)
     starred = one_of(row.get("starred", "").strip().lower(), (*_YES, *_NO), "starred", where) in _YES
     source = one_of(row.get("source", "").strip() or "import", SOURCES, "source", where)
+    author, method, pattern = (_as_it_was(row.get(name, "")) for name in ("author", "method", "pattern"))
     label = Label(
         feature,
-        row["label"].strip(),
+        _as_it_was(row["label"].strip()).strip(),
         _source(source),
-        row.get("author", ""),
-        row.get("method", ""),
-        scores=_scores(row, where),
-        note=row.get("note", "").strip(),
+        author,
+        method,
+        pattern,
+        _scores(row, where),
+        note=_as_it_was(row.get("note", "").strip()).strip(),
     )
     return Entry(where, label, starred)
 
@@ -103,8 +129,7 @@ def _scores(row: dict[str, str], where: str) -> tuple[Score, ...]:
     if f1 is None and (upper is not None or control is not None):
         raise InputError(f"{where}: upper or control is given without f1.")
     scores = [] if f1 is None else [Score("tokens", f1, n, upper=upper, control=control)]
-    judged: tuple[Literal["detection", "fuzzing"], ...] = ("detection", "fuzzing")
-    for kind in judged:
+    for kind in _JUDGED:
         value = share(row.get(kind), kind, where)
         if value is not None:
             scores.append(
@@ -115,9 +140,3 @@ def _scores(row: dict[str, str], where: str) -> tuple[Score, ...]:
 
 def _source(word: str) -> Source:
     return next(source for source in SOURCES if source == word)
-
-
-def rows_of(table: "pd.DataFrame", features: Iterable[int]) -> "pd.DataFrame":
-    """The rows of these features, in the order in which they are given; those without a row are left out."""
-    by_feature = table.set_index("feature", drop=False)
-    return by_feature.loc[[feature for feature in features if feature in by_feature.index]]

@@ -1,7 +1,9 @@
-"""Labels as JSON with everything that is known of them: the label that counts of every feature, one to a line."""
+"""Labels as JSON with everything that is known of them: the label that counts of every feature, one to a line, and
+then the lists.
+"""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -16,12 +18,33 @@ _FIGURES = ("low", "high", "precision", "recall", "upper", "control")
 _KEYS = ("feature", "label", "source", "scores", "starred", *_TEXTS)
 
 
-def json_text(labels: Iterable[Label], starred: Iterable[int], sae_hash: str | None) -> str:
-    """Labels as a JSON document; ``sae_hash`` says to which SAE the features belong."""
+def json_text(
+    labels: Iterable[Label],
+    starred: Iterable[int],
+    lists: Mapping[str, Mapping[int, str]],
+    sae_hash: str | None,
+) -> str:
+    """Labels as a JSON document.
+
+    Args:
+        lists: by name, the features of a list in their order, each with its note there.
+        sae_hash: to which SAE the features belong.
+    """
     stars = set(starred)
     lines = [_line(label, label.feature in stars) for label in labels]
     head = json.dumps({"kind": KIND, "format_version": FORMAT_VERSION, "sae_hash": sae_hash})[:-1]
-    return f'{head}, "labels": [\n' + ",\n".join(lines) + "\n]}\n"
+    tail = {
+        name: [{"feature": feature, "note": note} for feature, note in members.items()]
+        for name, members in lists.items()
+    }
+    lines_of_lists = [f"{_json(name)}: {_json(members)}" for name, members in tail.items()]
+    return (
+        f'{head}, "labels": [\n'
+        + ",\n".join(lines)
+        + '\n], "lists": {\n'
+        + ",\n".join(lines_of_lists)
+        + "\n}}\n"
+    )
 
 
 def read_json_labels(value: Any, name: str, d_sae: int, sae_hash: str | None) -> list[Entry]:
@@ -50,6 +73,31 @@ def read_json_labels(value: Any, name: str, d_sae: int, sae_hash: str | None) ->
     ]
 
 
+def read_json_lists(value: Any, name: str, d_sae: int) -> dict[str, dict[int, str]]:
+    """The lists of such a document: by name, the features in their order, each with its note; none in a bare list.
+
+    Raises:
+        InputError: one of them is wrong.
+    """
+    found = value.get("lists", {}) if isinstance(value, dict) else {}
+    lists: dict[str, dict[int, str]] = {}
+    for list_name, members in keys_of(found, [], f"{name}, lists").items():
+        where = f"{name}, list {list_name!r}"
+        if not text(list_name, "the name", where).strip() or not isinstance(members, list):
+            raise InputError(f"{where}: a list must have a name and a list of members.")
+        held = lists.setdefault(list_name.strip(), {})
+        for member in members:
+            content = keys_of(member, ["feature"], where)
+            held[feature_number(content["feature"], where, d_sae)] = text(
+                content.get("note"), "note", where
+            ).strip()
+    return lists
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _line(label: Label, starred: bool) -> str:
     content: dict[str, Any] = {"feature": label.feature, "label": label.text, "source": label.source}
     content |= {name: getattr(label, name) for name in _TEXTS if getattr(label, name)}
@@ -58,7 +106,7 @@ def _line(label: Label, starred: bool) -> str:
     ]
     content |= {"scores": scores} if scores else {}
     content |= {"starred": True} if starred else {}
-    return json.dumps(content, ensure_ascii=False)
+    return _json(content)
 
 
 def _entry(content: dict[str, Any], where: str, d_sae: int) -> Entry:

@@ -53,7 +53,15 @@ def read_delphi(folder: Path, scores: Path, d_sae: int) -> list[Entry]:
 
 
 def write_delphi(folder: Path, labels: Iterable[Label], module: str) -> None:
-    """Write the texts of labels as explanations of ``module``, into an empty folder."""
+    """Write the texts of labels as explanations of ``module``, into an empty folder.
+
+    Raises:
+        InputError: the name of the module cannot be part of a file's.
+    """
+    if "/" in module or "\\" in module or ".." in module:
+        raise InputError(
+            f"The module {module!r} is part of the names of files: it must hold no /, no \\ and no two dots."
+        )
     (folder / EXPLANATIONS).mkdir()
     for label in labels:
         path = folder / EXPLANATIONS / f"{module}_latent{label.feature}.txt"

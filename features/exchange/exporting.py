@@ -7,7 +7,7 @@ from typing import Literal
 from activations.errors import InputError
 from activations.files import new_folder, write_bytes
 from activations.progress import Progress, silent
-from features.exchange.as_csv import csv_text, rows_of
+from features.exchange.as_csv import csv_text
 from features.exchange.as_json import json_text
 from features.exchange.delphi import write_delphi
 from features.exchange.neuronpedia import write_explanations, write_upload
@@ -34,7 +34,7 @@ def export(
 
     Args:
         out: the file to write (csv, json, html), or a folder that is new or empty (the others).
-        to: csv and json: the labels that count. neuronpedia, delphi: their texts, as explanations.
+        to: csv and json: the labels that count, json with the lists. neuronpedia, delphi: their texts, as explanations.
             neuronpedia-batch: labels, figures and examples, for upload. html: one page that needs nothing else.
         features: which, in this order; None takes all that have a label, or for an upload all there are.
         model_id: what the model is called there; by default the last part of its name here.
@@ -45,7 +45,8 @@ def export(
         how many features were written: those without a label, or for an upload without an example, are left out.
 
     Raises:
-        InputError: a feature does not exist, there is nothing to write, or ``out`` is in the way.
+        InputError: a feature does not exist, there is nothing to write, ``out`` is in the way, or ``source_id`` cannot
+            be part of a file's name where it is to be one.
     """
     out = Path(out)
     chosen = None if features is None else [run.feature(feature).index for feature in dict.fromkeys(features)]
@@ -54,8 +55,6 @@ def export(
     _check_free(out, is_folder=to in _FOLDERS)
     model_id = model_id or Path(run.config.model).name
     source_id = source_id or run.config.hook_name
-    if to == "csv":
-        return _export_csv(run.labels, out, chosen)
     if to == "html":
         pages = chosen or []
         write_bytes(out, features_html(run, pages, progress=progress).encode())
@@ -63,21 +62,23 @@ def export(
     labels = run.labels.all()
     if to == "neuronpedia-batch":
         every = list(range(run.index.d_sae)) if chosen is None else chosen
-        _check_any(
-            run.index.count[every].any(),
-            "None of these features fires in the index: there is nothing to upload.",
-        )
         with new_folder(out) as folder:
-            return write_upload(folder, run.index, labels, every, model_id, source_id, progress=progress)
-    starred = run.labels.starred() if to == "json" else []
+            n = write_upload(folder, run.index, labels, every, model_id, source_id, progress=progress)
+            _check_any(n, "None of these features has an example in the index: there is nothing to upload.")
+        return n
+    starred = run.labels.starred() if to in ("csv", "json") else []
     labels = {feature: Label(feature, "") for feature in starred} | labels
     named = [
         labels[feature] for feature in (sorted(labels) if chosen is None else chosen) if feature in labels
     ]
-    if to == "json":
+    if to == "csv":
         _check_any(named, _NOTHING)
-        described = run.labels.inputs or {}
-        write_bytes(out, json_text(named, starred, described.get("sae_hash")).encode())
+        write_bytes(out, csv_text(named, starred).encode())
+        return len(named)
+    if to == "json":
+        lists = _lists(run.labels, chosen)
+        _check_any(named or lists, _NOTHING)
+        write_bytes(out, json_text(named, starred, lists, run.labels.sae_hash).encode())
         return len(named)
     with_text: list[Label] = [label for label in named if label.text]
     _check_any(with_text, "None of these features has a label: there is nothing to export.")
@@ -89,11 +90,14 @@ def export(
     return len(with_text)
 
 
-def _export_csv(labels: Labels, out: Path, features: Sequence[int] | None) -> int:
-    table = labels.table() if features is None else rows_of(labels.table(), features)
-    _check_any(len(table), _NOTHING)
-    write_bytes(out, csv_text(table).encode())
-    return len(table)
+def _lists(labels: Labels, features: Sequence[int] | None) -> dict[str, dict[int, str]]:
+    """By name, the members of every list; where features are given, only these, and the lists that hold one of them."""
+    lists = {name: labels.list_members(name) for name in labels.lists()}
+    if features is None:
+        return lists
+    chosen = set(features)
+    kept = {name: {f: note for f, note in held.items() if f in chosen} for name, held in lists.items()}
+    return {name: held for name, held in kept.items() if held}
 
 
 def _check_free(out: Path, *, is_folder: bool) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from activations.errors import InputError
 from features.exchange.as_csv import read_csv
-from features.exchange.as_json import read_json_labels
+from features.exchange.as_json import read_json_labels, read_json_lists
 from features.exchange.delphi import EXPLANATIONS, SCORES, is_delphi, read_delphi
 from features.exchange.entries import Entry, parsed
 from features.exchange.neuronpedia import read_explanations
 from features.labels import Label, Labels, Source
 
+Lists = dict[str, dict[int, str]]
+"""By name, the features of a list in their order, each with its note there."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -22,40 +24,43 @@ def import_labels(path: str | Path, labels: Labels, d_sae: int) -> int:
     """Add what a file says to the labels of a run.
 
     Args:
-        path: CSV or JSON as :func:`features.exchange.export_labels` writes them (also gzipped), Neuronpedia's
-            explanations (a file of JSON lines, or the folder), or a folder of delphi's explanations.
-        labels: where they go, in one transaction. A label that says who it is from keeps that source; others are
-            imported ones, which stand before automatic labels and behind those of people and language models.
+        path: CSV or JSON as :func:`features.exchange.export` writes them (also gzipped), Neuronpedia's explanations (a
+            file of JSON lines, or the folder), or a folder of delphi's explanations.
+        labels: where they go, lists as well, in one transaction. A label that says who it is from keeps that source;
+            others are imported ones, which stand before automatic labels and behind those of people and language
+            models.
         d_sae: number of features of the SAE.
 
     Returns:
         how many labels and notes are new: what is there already is not added again.
 
     Raises:
-        InputError: the file is damaged, of no known format, or says something wrong; nothing has been added.
+        InputError: the file is damaged, of no known format, of another SAE than the labels, or says something wrong;
+            nothing has been added.
     """
     path = Path(path)
-    described = labels.inputs or {}
-    entries = _read(path, d_sae, described.get("sae_hash"))
-    if not entries:
+    entries, lists = _read(path, d_sae, labels.sae_hash)
+    if not entries and not lists:
         raise InputError(f"{path} holds no label.")
     fresh = _without_known(entries, labels)
     starred = {entry.label.feature for entry in entries if entry.starred}
-    labels.add(fresh, starred=sorted(starred.difference(labels.starred())))
+    starred.difference_update(labels.starred())
+    labels.add(fresh, starred=sorted(starred), lists=_not_listed(lists, labels))
     return len(fresh)
 
 
-def _read(path: Path, d_sae: int, sae_hash: str | None) -> list[Entry]:
+def _read(path: Path, d_sae: int, sae_hash: str | None) -> tuple[list[Entry], Lists]:
     if path.is_dir():
-        return _read_folder(path, d_sae)
+        return _read_folder(path, d_sae), {}
     content = _content(path)
     if not content.strip():
         raise InputError(f"{path} is empty: it must hold labels.")
     if content.lstrip()[0] not in "{[":
-        return read_csv(content, str(path), d_sae)
+        return read_csv(content, str(path), d_sae), {}
     if _is_json_lines(content):
-        return read_explanations([(str(path), content)], d_sae)
-    return read_json_labels(parsed(content, str(path)), str(path), d_sae, sae_hash)
+        return read_explanations([(str(path), content)], d_sae), {}
+    value, name = parsed(content, str(path)), str(path)
+    return read_json_labels(value, name, d_sae, sae_hash), read_json_lists(value, name, d_sae)
 
 
 def _read_folder(path: Path, d_sae: int) -> list[Entry]:
@@ -102,6 +107,19 @@ def _is_json_lines(content: str) -> bool:
     except (json.JSONDecodeError, RecursionError):
         return False
     return isinstance(first, dict) and "labels" not in first
+
+
+def _not_listed(lists: Lists, labels: Labels) -> Lists:
+    """What is new in lists: the list, members, or their notes."""
+    known = labels.lists()
+    held = {name: labels.list_members(name) if name in known else {} for name in lists}
+    fresh = {
+        name: {
+            f: note for f, note in members.items() if f not in held[name] or note not in ("", held[name][f])
+        }
+        for name, members in lists.items()
+    }
+    return {name: members for name, members in fresh.items() if members or name not in known}
 
 
 def _without_known(entries: Sequence[Entry], labels: Labels) -> list[Label]:

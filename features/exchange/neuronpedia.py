@@ -7,7 +7,8 @@ An upload is the body of ``POST /api/feature/upload-batch``: ``{modelId, source,
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,17 +122,24 @@ def write_upload(
     Returns:
         how many of the features are in it: those without an example cannot be uploaded.
     """
-    shown = [feature for feature in features if index.count[feature]]
-    with progress("export", total=len(shown), unit="features") as step:
-        for batch, first in enumerate(range(0, len(shown), MOST_FEATURES)):
-            rows = []
-            for feature in shown[first : first + MOST_FEATURES]:
-                rows.append(upload_row(index, feature, labels.get(feature)))
+    fired = [feature for feature in features if index.count[feature]]
+    written = 0
+    with progress("export", total=len(fired), unit="features") as step:
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for feature in fired:
+                row = upload_row(index, feature, labels.get(feature))
                 step(1)
-            body = {"modelId": model_id, "source": source_id, "features": rows}
+                if row["activations"]:
+                    yield row
+
+        remaining = rows()
+        while batch := list(islice(remaining, MOST_FEATURES)):
+            body = {"modelId": model_id, "source": source_id, "features": batch}
             content = json.dumps(body, ensure_ascii=False, allow_nan=False)
-            (folder / f"batch-{batch}.json").write_text(content, encoding="utf-8")
-    return len(shown)
+            (folder / f"batch-{written // MOST_FEATURES}.json").write_text(content, encoding="utf-8")
+            written += len(batch)
+    return written
 
 
 def upload_row(index: "FeatureIndex", feature: int, label: Label | None) -> dict[str, Any]:

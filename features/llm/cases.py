@@ -6,36 +6,31 @@ All windows are from the score split, of which no explainer saw a document. A fe
 - as many for which the answer is no: half at random, half hard.
 
 For **detection** (does it fire in this window?) a random negative is any window in which the feature is silent, and a
-hard one a near miss: the feature's usual token, and the feature silent. For **fuzzing** (are the marked tokens those on
-which it fires?) a random negative is a window in which it fires with as many of the other tokens marked, and a hard
-one a near miss with that token marked. Where one kind of negative is short, the other fills up. Scoring as in
-Paulo et al. 2024, 2410.13928, who have no hard negatives.
+hard one a near miss: a token on which it often fires, and the feature silent in the whole window. For **fuzzing** (are
+the marked tokens those on which it fires?) a random negative is a window in which it fires with other tokens marked,
+and a hard one a near miss with that token and others marked. Every negative has as many marks as one of the positives,
+so that their number says nothing. Where one kind of negative is short, the other fills up: a feature that fires on its
+tokens wherever they stand has no near miss. Scoring as in Paulo et al. 2024, 2410.13928, who have no hard negatives.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise, zip_longest
+from itertools import chain, zip_longest
 from typing import Literal
 
 import numpy as np
 
-from activations.blocks import PADDING
 from activations.errors import InputError
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
-from features.firings import stream_firings
-from features.groups import group_starts
 from features.index import Example, FeatureIndex
 from features.llm.explain import WIDTH, shown_examples
+from features.llm.windows import SilentWindows
 from sae.model import SparseAutoencoder
 
 Task = Literal["detection", "fuzzing"]
 TASKS: tuple[Task, ...] = ("detection", "fuzzing")
 Kind = Literal["fires", "random", "hard"]
-POOL_WINDOWS = 256
-"""Random windows from which every feature takes those where it is silent."""
-
-
 LEAST_CASES = 8
 """A score from fewer is not made."""
 
@@ -62,6 +57,7 @@ class Case:
         marks: bool ``[len(tokens)]``, the marked tokens; for detection, those on which the feature fires.
         answer: what is right.
         kind: a firing, or which kind of negative.
+        place: which of the tokens the window is about; 0 where it is about none.
     """
 
     start: int
@@ -69,6 +65,7 @@ class Case:
     marks: np.ndarray
     answer: bool
     kind: Kind
+    place: int = 0
 
 
 class Cases:
@@ -78,6 +75,7 @@ class Cases:
         index: over the score split.
         explained: the index over the train split, which explainers see.
         model, sae: to see where a feature is silent.
+        features: those whose cases will be asked for; all if None.
         n_cases: of one task for one feature, half of them positive; fewer where the score split has fewer.
         seed: of every choice.
 
@@ -92,6 +90,7 @@ class Cases:
         model: LanguageModel,
         sae: SparseAutoencoder,
         *,
+        features: Iterable[int] | None = None,
         n_cases: int = 40,
         seed: int = 0,
         progress: Progress = silent,
@@ -109,8 +108,9 @@ class Cases:
             )
         self.index, self.explained = index, explained
         self.n_cases, self.seed = n_cases, seed
-        self._width = min(WIDTH, index.blocks.context_length)
-        self._pool = self._random_windows(model, sae, progress)
+        self._silent = SilentWindows(
+            index, explained, model, sae, features=features, seed=seed, progress=progress
+        )
 
     def of(self, feature: int, task: Task) -> list[Case]:
         """The cases of a feature for a task, in random order, the same in every run: as many positive as negative.
@@ -124,100 +124,84 @@ class Cases:
         """
         rng = np.random.default_rng([self.seed, feature, TASKS.index(task)])
         shown = {"".join(example.tokens) for example in shown_examples(self.explained, feature)}
-
-        def unseen(examples: Iterable[Example]) -> list[Example]:
-            return [example for example in examples if "".join(example.tokens) not in shown]
-
-        firing = unseen(self._firings(feature, rng))
-        near = unseen(self.index.near_misses(feature, WIDTH))
-        near = [example for example in near if not example.activations.any()]  # silent in the whole window
         half = self.n_cases // 2
+        firing = [case for case in self._firings(feature, rng) if "".join(case.tokens) not in shown]
+        near = self._silent.near_misses(feature, self.n_cases, rng)
+        hard = self._cases(near, "hard", shown)
         if task == "detection":
-            easy = self._silent_windows(feature, shown, rng)
-            hard = [_case(example, example.activations != 0, False, "hard") for example in near]
+            # One order of all windows: where rounding decides whether it fires in one of them, the others stay.
+            order = rng.permutation(self._silent.random(feature))
+            easy = self._cases(order[: self.n_cases], "random", shown)
             n = min(half, len(firing), len(easy) + len(hard))
+            cases = firing[:n] + _half_and_half(easy, hard, n)
         else:
             # No window is shown with right marks and with wrong ones.
-            n = min(half, len(firing), (len(firing) + len(near)) // 2)
-            easy = [case for example in firing[n:] for case in _wrongly_marked(example, rng)]
-            hard = [_case(example, _peak(example), False, "hard") for example in near]
-        negative = _half_and_half(easy, hard, n)
-        positive = [
-            _case(example, example.activations != 0, True, "fires") for example in firing[: len(negative)]
-        ]
-        cases = positive + negative
+            n = min(half, len(firing), (len(firing) + len(hard)) // 2)
+            cases = _marked_alike(firing[:n], _half_and_half(firing[n:], hard, n), rng)
         return [cases[place] for place in rng.permutation(len(cases))]
 
-    def _firings(self, feature: int, rng: np.random.Generator) -> list[Example]:
+    def _firings(self, feature: int, rng: np.random.Generator) -> list[Case]:
         """Windows in which it fires, each once: one of each tenth by strength, then another of each, and so on."""
         bands = [
             [examples[place] for place in rng.permutation(len(examples))]
             for _, examples in self.index.range_examples(feature, WIDTH)
         ]
-        by_start: dict[int, Example] = {}
+        by_start: dict[int, Case] = {}
         for example in chain.from_iterable(zip_longest(*bands)):
             if example is not None:
-                by_start.setdefault(example.position - example.peak, example)
+                case = _firing(example)
+                by_start.setdefault(case.start, case)
         return list(by_start.values())
 
-    def _silent_windows(self, feature: int, shown: set[str], rng: np.random.Generator) -> list[Case]:
-        """Windows of the pool in which it is silent, in random order."""
-        starts, fires_in = self._pool
-        # One order of all windows: where rounding decides whether it fires in one of them, the others stay.
-        order = rng.permutation(len(starts))
-        silent = order[~np.isin(order, fires_in.get(feature, []))]
+    def _cases(self, windows: np.ndarray, kind: Kind, shown: set[str]) -> list[Case]:
+        """Windows in which the feature is silent, without those that the explainer was shown."""
         cases = []
-        for start in starts[silent[: self.n_cases]].tolist():
-            tokens = tuple(self.index.pieces(start, start + self._width))
+        for start, stop, position in windows.tolist():
+            tokens = tuple(self.index.pieces(start, stop))
             if "".join(tokens) not in shown:
-                cases.append(Case(start, tokens, np.zeros(len(tokens), bool), False, "random"))
+                marks = np.zeros(len(tokens), bool)
+                cases.append(Case(start, tokens, marks, False, kind, position - start))
         return cases
 
-    def _random_windows(
-        self, model: LanguageModel, sae: SparseAutoencoder, progress: Progress
-    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Where the windows of the pool start, int64 ``[n]``; feature → in which of them it fires.
 
-        One window of each of some blocks, encoded behind all that comes before it in its block.
-        """
-        blocks, width = self.index.blocks, self._width
-        rng = np.random.default_rng([self.seed, POOL_WINDOWS])
-        lengths = (blocks.documents != PADDING).sum(axis=1)
-        chosen = np.sort(rng.permutation(np.flatnonzero(lengths >= width))[:POOL_WINDOWS])
-        begin = rng.integers(0, lengths[chosen] - width + 1)
-        part = replace(blocks, ids=blocks.ids[chosen], documents=blocks.documents[chosen])
-        found: dict[int, list[np.ndarray]] = {}
-        with progress("read text", total=part.n_blocks, unit="blocks") as step:
-            for firings, n_blocks in stream_firings(model, sae, part):
-                block, place = np.divmod(firings.position, part.context_length)
-                inside = (place >= begin[block]) & (place < begin[block] + width)
-                feature, window = firings.feature[inside], block[inside]
-                starts = group_starts(feature).tolist()
-                for start, stop in pairwise([*starts, len(feature)]):
-                    found.setdefault(int(feature[start]), []).append(np.unique(window[start:stop]))
-                step(n_blocks)
-        return chosen * part.context_length + begin, {
-            key: np.concatenate(each) for key, each in found.items()
-        }
+def _firing(example: Example) -> Case:
+    start = example.position - example.peak
+    return Case(start, tuple(example.tokens), example.activations != 0, True, "fires", example.peak)
 
 
-def _case(example: Example, marks: np.ndarray, answer: bool, kind: Kind) -> Case:
-    return Case(example.position - example.peak, tuple(example.tokens), marks, answer, kind)
+def _marked_alike(right: Sequence[Case], wrong: Sequence[Case], rng: np.random.Generator) -> list[Case]:
+    """Pairs of a window with its own marks and another with as many marks, all of them wrong.
+
+    In a near miss they stand around the place that it is about as the right ones stand around theirs; in a window in
+    which the feature fires, on any other tokens. Windows that have not the room for the marks of any are left out.
+    """
+    cases: list[Case] = []
+    left = list(wrong)
+    for case in right:
+        marked = ((other, _wrong_marks(case, other, rng)) for other in left)
+        found = next(((other, marks) for other, marks in marked if marks is not None), None)
+        if found is not None:
+            other, marks = found
+            left = [each for each in left if each is not other]
+            kind: Kind = "hard" if other.kind == "hard" else "random"
+            cases += [case, replace(other, marks=marks, answer=False, kind=kind)]
+    return cases
 
 
-def _peak(example: Example) -> np.ndarray:
-    return np.arange(len(example.tokens)) == example.peak
-
-
-def _wrongly_marked(example: Example, rng: np.random.Generator) -> list[Case]:
-    """The window with as many tokens marked as fire in it, but others; no case where there are not as many."""
-    fires = example.activations != 0
-    others = np.flatnonzero(~fires & np.array([bool(token) for token in example.tokens]))
-    if len(others) < fires.sum():
-        return []
-    marks = np.zeros(len(fires), bool)
-    marks[rng.choice(others, int(fires.sum()), replace=False)] = True
-    return [_case(example, marks, False, "random")]
+def _wrong_marks(right: Case, other: Case, rng: np.random.Generator) -> np.ndarray | None:
+    """Marks on tokens of another window on which the feature is silent: as many as are right; None without the room."""
+    free = ~other.marks & np.array([bool(token) for token in other.tokens])
+    if other.kind == "hard":
+        places = np.flatnonzero(right.marks) - right.place + other.place
+        if places[0] < 0 or places[-1] >= len(free) or not free[places].all():
+            return None
+    elif free.sum() < right.marks.sum():
+        return None
+    else:
+        places = rng.choice(np.flatnonzero(free), int(right.marks.sum()), replace=False)
+    marks = np.zeros(len(free), bool)
+    marks[places] = True
+    return marks
 
 
 def _half_and_half(easy: Sequence[Case], hard: Sequence[Case], n: int) -> list[Case]:

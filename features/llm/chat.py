@@ -29,6 +29,8 @@ class Request:
         temperature: of sampling; 0 takes the likeliest token.
         seed: of sampling.
         max_tokens: most tokens of the reply.
+        endpoint: where the model is asked: two servers may give different models one name. Empty for a model whose name
+            says all.
     """
 
     model: str
@@ -36,10 +38,11 @@ class Request:
     temperature: float
     seed: int
     max_tokens: int
+    endpoint: str = ""
 
     @cached_property
     def key(self) -> str:
-        """sha256 of the request: the same wherever the model is served."""
+        """sha256 of the request."""
         return hash_json(asdict(self))
 
     @property
@@ -89,6 +92,10 @@ class Chat(Protocol):
     @property
     def name(self) -> str:
         """What labels and scores name as their author."""
+
+    @property
+    def endpoint(self) -> str:
+        """Where it is asked; see :attr:`Request.endpoint`."""
 
     def reply(self, request: Request) -> Reply:
         """Ask once.

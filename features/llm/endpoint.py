@@ -1,9 +1,11 @@
 """A model behind an OpenAI-compatible endpoint: hosted, or a local vLLM, llama.cpp or Ollama server."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from activations.errors import InputError
@@ -24,7 +26,7 @@ class Endpoint:
         model: its name at the endpoint.
         url: where the API begins, often ``…/v1``; by default the environment's ``OPENAI_BASE_URL``, else OpenAI's own.
             The key is read from ``OPENAI_API_KEY``; only OpenAI itself must have one.
-        timeout_seconds: of one request.
+        timeout_seconds: of one request, from its beginning to the end of its reply.
 
     Raises:
         InputError: the URL is none, OpenAI is asked without a key, or the time is not above 0.
@@ -59,6 +61,11 @@ class Endpoint:
         """The model's name."""
         return self._model
 
+    @property
+    def endpoint(self) -> str:
+        """The URL."""
+        return self.url.rstrip("/")
+
     def reply(self, request: Request) -> Reply:
         """Ask once; see :class:`features.llm.chat.Chat`."""
         import openai
@@ -67,12 +74,16 @@ class Endpoint:
         while True:
             parameters = dict(self._parameters)
             given: Any = {sent: getattr(request, name) for name, sent in parameters.items()}
+
+            def create(given: Any = given) -> Any:
+                return self._client.chat.completions.create(model=request.model, messages=messages, **given)
+
             try:
-                found = self._client.chat.completions.create(model=request.model, messages=messages, **given)
+                found = _within(self._timeout_seconds, create)
             except openai.BadRequestError as error:
                 if not self._adapt(error, parameters):
                     raise self._failure(error) from None
-            except (openai.OpenAIError, ValueError) as error:
+            except (openai.OpenAIError, ValueError, TimeoutError) as error:
                 raise self._failure(error) from None
             else:
                 self._has_answered = True
@@ -95,7 +106,7 @@ class Endpoint:
         """What the caller raises for an exception of the client."""
         import openai
 
-        if isinstance(error, openai.APITimeoutError):
+        if isinstance(error, openai.APITimeoutError | TimeoutError):
             return NoReply(f"no reply within {self._timeout_seconds:g} s", again=True, paid=True)
         if isinstance(error, openai.APIConnectionError):
             if not self._has_answered:
@@ -109,7 +120,7 @@ class Endpoint:
 
     def _refused(self, status: int, error: Any) -> Exception:
         said = f"{status}: {_said(error)}"
-        if status in (401, 403):
+        if status == 401:
             return InputError(f"{self.url} does not accept the key in OPENAI_API_KEY ({said}).")
         if status == 404:
             return InputError(
@@ -124,6 +135,30 @@ class Endpoint:
         return NoReply(
             f"the server answered {said}", again=status in _TRANSIENT or status >= 500, wait_seconds=wait
         )
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What ``call`` returns or raises, or TimeoutError if that takes longer.
+
+    The client's own timeout is of every read from the connection, and a server may send a byte now and then for ever.
+    A call that is given up ends in its thread, a daemon, whenever the server lets it.
+    """
+    done: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((call(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    Thread(target=work, daemon=True).start()
+    try:
+        found, error = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return found
 
 
 def _read(found: Any) -> Reply:

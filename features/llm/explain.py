@@ -80,6 +80,7 @@ def explain_features(
     *,
     concurrency: int = 8,
     progress: Progress = silent,
+    result: Explained | None = None,
 ) -> Explained:
     """Ask a model for a label for each of some features; every label is stored as soon as it is there.
 
@@ -90,11 +91,12 @@ def explain_features(
     Args:
         index: of the train split.
         concurrency: requests at once.
+        result: filled as the work goes on, for a caller who wants to know what was done when it ends by an exception.
 
     Raises:
         InputError: no request can succeed, or there is no such feature; labels made before are kept.
     """
-    result = Explained()
+    result = Explained() if result is None else result
 
     def ask(feature: int) -> Label:
         found = evidence(index, feature)

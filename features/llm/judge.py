@@ -1,16 +1,20 @@
 """Who answers the cases: a language model, or the label's own pattern."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from activations.errors import InputError
+from features.aspects import Text
+from features.index import FeatureIndex
 from features.labels import Label
 from features.llm import prompts
 from features.llm.cases import Case, Task
 from features.llm.session import Session
-from features.patterns import Pattern, pattern_holds
+from features.patterns import Pattern
 
 CASES_PER_PROMPT = 5
+_REMEMBERED = 8  # patterns: a label and its control are asked about in both tasks
 
 
 class Judge(Protocol):
@@ -65,11 +69,19 @@ class PatternJudge:
     """The pattern that says the same as the label, and no language model.
 
     It detects the label where it holds at some token of the window, and takes marks for right where it holds at half
-    of the marked tokens or more.
+    of the marked tokens or more. It is held against the whole text, since it may ask for what stands before a window.
+
+    Args:
+        index: that the cases are from.
+        special_ids: of tokens that are no part of a document's text.
     """
 
     name = "pattern"
     at_once = 1_000
+
+    def __init__(self, index: FeatureIndex, special_ids: Iterable[int] = ()) -> None:
+        self._text = Text.of_blocks([index.blocks], list(index.vocabulary), special_ids)
+        self._holds = lru_cache(_REMEMBERED)(lambda pattern: Pattern.from_json(pattern).holds(self._text))
 
     def can_judge(self, label: Label) -> bool:
         """Whether the label has a pattern."""
@@ -80,8 +92,9 @@ class PatternJudge:
 
     def answers(self, task: Task, label: Label, cases: Sequence[Case]) -> list[bool]:
         """See :class:`Judge`."""
-        found = pattern_holds(Pattern.from_json(label.pattern), [case.tokens for case in cases])
+        holds = self._holds(label.pattern)
+        found = [holds[case.start : case.start + len(case.tokens)] for case in cases]
         if task == "detection":
-            return [bool(holds.any()) for holds in found]
+            return [bool(here.any()) for here in found]
         pairs = zip(found, cases, strict=True)
-        return [2 * int(holds[case.marks].sum()) >= int(case.marks.sum()) for holds, case in pairs]
+        return [2 * int(here[case.marks].sum()) >= int(case.marks.sum()) for here, case in pairs]

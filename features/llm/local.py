@@ -37,6 +37,11 @@ class LocalModel:
         """Its name and the beginning of the hash of its weights."""
         return self._name
 
+    @property
+    def endpoint(self) -> str:
+        """Empty: the name says which weights."""
+        return ""
+
     def reply(self, request: Request) -> Reply:
         """Ask once; see :class:`features.llm.chat.Chat`."""
         import torch

@@ -117,11 +117,14 @@ def read_label(reply: str) -> str:
     """The phrase in the line ``LABEL: …``.
 
     Raises:
-        Unusable: there is no such line, or several that differ, or the phrase is empty or too long.
+        Unusable: there is no such line, or several that differ, or the phrase is empty or too long, or holds what no
+            file can (half of a surrogate pair).
     """
     text = _only(reply, "LABEL").strip("\"'“”<> ").rstrip(".")
     if not text:
         raise Unusable("Nothing stands after LABEL:.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Unusable("The label holds half of a surrogate pair, which is no character.")
     if len(text) > MOST_CHARACTERS:
         raise Unusable(f"The label has {len(text)} characters, and at most {MOST_CHARACTERS} are allowed.")
     return text

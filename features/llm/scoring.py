@@ -17,7 +17,7 @@ from hashlib import sha256
 import numpy as np
 
 from activations.progress import Progress, silent
-from features.labels import Label, Labels, Score
+from features.labels import Label, Labels, Score, ScoreKind
 from features.llm.budget import BudgetReached
 from features.llm.cases import LEAST_CASES, TASKS, Case, Cases, Task
 from features.llm.judge import Judge
@@ -32,11 +32,13 @@ class Scored:
 
     Attributes:
         scores: id of the label → its new scores.
+        hard: id of the label → task → how many of its cases are hard negatives; half of all are negatives.
         failed: id of the label → why it has no score of some task.
         stopped: why the work ended before all were judged; None if it did not.
     """
 
     scores: dict[int, list[Score]] = field(default_factory=dict)
+    hard: dict[int, dict[ScoreKind, int]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     stopped: str | None = None
 
@@ -174,6 +176,7 @@ def score_labels(
                 if examination.label.score_of(examination.task) != score:
                     store.add_score(label_id, score)
                 result.scores.setdefault(label_id, []).append(score)
+                result.hard.setdefault(label_id, {})[examination.task] = examination.n_hard
             step(1)
     return result
 
@@ -198,6 +201,11 @@ class _Examination:
         self._answered: dict[Label, list[tuple[bool, bool]]] = {label: []}
         if control:
             self._answered[control] = []
+
+    @property
+    def n_hard(self) -> int:
+        """How many of the cases are hard negatives."""
+        return sum(case.kind == "hard" for case in self._cases)
 
     def questions(self, at_once: int) -> list[_Question]:
         """All of them, each of at most so many cases."""

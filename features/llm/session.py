@@ -84,7 +84,8 @@ class Session:
 
     def request(self, messages: Sequence[Message]) -> Request:
         """What would be sent."""
-        return Request(self.model, tuple(messages), self.temperature, self.seed, self.max_tokens)
+        settings = (self.temperature, self.seed, self.max_tokens)
+        return Request(self.model, tuple(messages), *settings, endpoint=self.chat.endpoint)
 
     def ask(self, messages: Sequence[Message], read: Callable[[str], T]) -> T:
         """The answer as ``read`` understands it; a reply that it does not is sent back once, with its complaint.
@@ -113,7 +114,7 @@ class Session:
         except Unusable as complaint:
             again = (
                 *messages,
-                Message("assistant", first.text or "(nothing)"),
+                Message("assistant", _sendable(first.text) or "(nothing)"),
                 Message("user", f"{complaint} Answer again, in exactly the form that was asked for."),
             )
             second = self._reply(self.request(again))
@@ -163,6 +164,11 @@ class Session:
                 f"The last {failures} questions to {self.model} got no usable answer (the last: {reason}). What was"
                 " done before is kept; try another model, temperature or seed."
             )
+
+
+def _sendable(text: str) -> str:
+    """The text with a question mark for every half of a surrogate pair, which cannot be encoded."""
+    return text.encode(errors="replace").decode()
 
 
 def _read(reply: Reply, read: Callable[[str], T]) -> T:
