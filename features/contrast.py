@@ -7,7 +7,7 @@ more places to fire at, and a larger maximum. Where the median lengths of the se
 The p-value is of the Mann-Whitney test, because it tests what the AUC measures and asks nothing of the distribution, of
 which most is ties at 0; of matched pairs it is of the signed-rank test, which looks at the differences within them. One
 observation is one text, or the mean over the texts of a group (:mod:`features.observations`); equal texts are a group.
-Features are many, so q, the false-discovery rate, is what to look at.
+Rates, AUC and effect stay those of texts. Features are many, so q, the false-discovery rate, is what to look at.
 """
 
 from collections.abc import Hashable, Sequence

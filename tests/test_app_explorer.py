@@ -2,6 +2,7 @@
 
 import html
 import http.client
+import json
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from activations.models import LanguageModel
 from app import launch
 from app.explorer.explorer_charts import activation_histogram, feature_scatter, plot_text
 from app.explorer.explorer_links import address, link, pick
+from app.explorer.explorer_state import best_labelled
 from app.explorer.explorer_style import escape_markdown, track_html
 from features.build import build_index
 from features.html_pieces import number, percent
@@ -309,6 +311,61 @@ def test_a_label_given_on_the_page_is_saved_and_taken_away(
     assert found is not None
     assert (found.text, found.source) == ("fires on ‹9›", "automatic")
     labels.set(9, "", note="")
+
+
+def test_a_pattern_given_on_the_page_is_scored_at_once(
+    page: Callable[..., AppTest], run_folder: Path
+) -> None:
+    run = open_run(run_folder)
+    labels = run.labels
+    test = page("feature", feature="10")
+    test.text_input(key="pattern of 10").set_value("/./").run()
+    assert labels.all("person").get(10) is None  # a pattern alone is no label
+    test.text_input(key="label of 10").set_value("anything").run()
+    assert not test.exception
+    score = labels.all("person")[10].score
+    assert score is not None
+    assert (score.kind, score.control) == ("tokens", SCORE.control)
+    assert score.recall is not None
+    assert score.recall > 0.9  # all but line ends
+    assert f"F1 {score.value:.2f}" in text_of(shown(test))
+    again = page("feature", feature="10")
+    assert again.text_input(key="pattern of 10").value == "/./"
+    test.text_input(key="pattern of 10").set_value("/(/").run()
+    assert labels.all("person")[10].score == score  # no pattern, no news
+    test.text_input(key="pattern of 10").set_value("").run()
+    assert labels.all("person")[10].pattern == ""
+    assert "not scored" in text_of(shown(test))
+    test.text_input(key="pattern of 10").set_value("␣import").run()
+    assert labels.all("person")[10].pattern == '{"any_of": [{"token": [" import"]}]}'
+    test.text_input(key="label of 10").set_value("").run()
+    assert labels.all("person").get(10) is None
+    assert test.text_input(key="pattern of 10").value == ""
+
+
+def test_the_overview_shows_scores_of_every_kind(page: Callable[..., AppTest], run_folder: Path) -> None:
+    labels = Labels.open(run_folder / "labels.sqlite")
+    labels.add(
+        [
+            Label(20, "twenty", "llm", scores=(Score("detection", 0.95, 40, control=0.5),)),
+            Label(21, "chance", "llm", scores=(Score("fuzzing", 0.5, 40),)),
+            Label(22, "untested", "llm"),
+        ]
+    )
+    test = page("overview")
+    frame = test.dataframe[0].value
+    rows = frame.set_index("feature")
+    assert rows.loc[20, ["score", "measure"]].tolist() == [0.95, "detection"]
+    assert rows.loc[21, ["score", "measure"]].tolist() == [0.5, "fuzzing"]
+    assert rows.loc[30, ["score", "measure"]].tolist() == [0.5, "F1"]
+    assert rows["measure"][22] == "not scored"
+    assert rows["measure"][SILENT] == ""
+    order = frame["feature"].tolist()
+    assert order.index(20) < order.index(30) < order.index(21) < order.index(22)
+    chart = json.loads(test.get("plotly_chart")[0].proto.spec)
+    hover = [text for trace in chart["data"] for text in trace["text"]]
+    assert {"twenty · detection 0.95", "untested · not scored"} <= set(hover)
+    assert best_labelled(open_run(run_folder)) == 20
 
 
 def test_a_silent_feature_has_a_page(page: Callable[..., AppTest]) -> None:

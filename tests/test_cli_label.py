@@ -129,13 +129,13 @@ def test_a_model_labels_and_judges(sae: Command, run: Path, server: FakeLLM) -> 
     asked = len(server.requests)
     assert asked == 4 + 4 * 2 * 2 * 4  # labels; tasks, controls, prompts of 5 of 20 cases
     assert "4 features labelled." in printed
-    assert "  detection  0.50, shuffled control 0.50" in printed
-    assert "of 20 cases, control 0.50; " in printed
+    assert "  detection  0.50, shuffled control 0.50; 50% of negatives hard" in printed
+    assert "of 20 cases (5 hard), control 0.50; " in printed
     assert f"Spent: {asked} requests, {110 * asked:,} tokens." in printed
     found = labels(run).all("llm")
     assert [str(feature) for feature in found] == FEATURES
     assert all({score.kind for score in label.scores} == {"detection", "fuzzing"} for label in found.values())
-    assert json.loads((run / "unlabelled.json").read_text()) == {"model": "fake", "features": {}}
+    assert not (run / "unlabelled.json").exists()
     change = labels(run).change()
     assert "Spent: 0 requests, 0 tokens." in sae(*words)
     assert (len(server.requests), labels(run).change()) == (asked, change)
@@ -177,10 +177,81 @@ def test_features_that_fail_are_noted_and_the_others_go_on(sae: Command, run: Pa
     words = ("label", run, "--model", "fake", "--endpoint", server.url, "--features", *FEATURES, "--no-score")
     printed = sae(*words, "--concurrency", "1")
     assert "3 features labelled." in printed
-    assert f"1 features got none (each is in {run / 'unlabelled.json'})" in printed.replace("\n", "")
+    assert f"1 feature got none (each is in {run / 'unlabelled.json'})" in printed.replace("\n", "")
     noted = json.loads((run / "unlabelled.json").read_text())["features"]
     assert list(noted) == [FEATURES[0]]
-    assert "the model said 'I would rather not.'" in noted[FEATURES[0]]
+    assert noted[FEATURES[0]]["model"] == "fake"
+    assert "the model said 'I would rather not.'" in noted[FEATURES[0]]["reason"]
+
+
+def test_notes_of_failures_outlive_other_commands(sae: Command, run: Path, server: FakeLLM) -> None:
+    def noted() -> dict[str, str]:
+        found = json.loads((run / "unlabelled.json").read_text())["features"]
+        return {feature: each["reason"] for feature, each in found.items()}
+
+    words = ("label", run, "--model", "fake", "--endpoint", server.url, "--no-score", "--concurrency", "1")
+    server.script = [completion("hm")] * 2
+    sae(*words, "--features", "16", "20")
+    # Another command, which ends by an error that is about all features.
+    server.script = [completion("dunno")] * 2 + [completion("LABEL: x"), error(401, "expired")]
+    sae.refused(*words, "--features", "40", "43", "50", "70")
+    assert list(noted()) == ["16", "40"]
+    assert "'hm'" in noted()["16"]
+    assert "'dunno'" in noted()["40"]
+    sae(*words, "--features", "16", "70", "--seed", "1")
+    assert list(noted()) == ["40"]  # what has a label now is struck off
+    (run / "unlabelled.json").write_text("{")  # only notes: no reason to do nothing
+    server.script = [completion("hm")] * 2
+    sae(*words, "--features", "16", "20", "--seed", "2")
+    assert list(noted()) == ["16"]
+
+
+def test_no_label_at_all_is_an_error(sae: Command, run: Path, server: FakeLLM) -> None:
+    words = ("label", run, "--model", "fake", "--endpoint", server.url, "--concurrency", "1")
+    server.answer = lambda body: "LABEL: unclear"
+    said = sae.refused(*words, "--features", *FEATURES)
+    assert said == "The 4 features got no label: the model finds nothing in common."
+    server.script = [error(403, "content moderated")] * 2
+    assert sae.refused(*words, "--features", "50") == (
+        "Feature 50 got no label: the server answered 403: content moderated."
+    )
+    assert list(json.loads((run / "unlabelled.json").read_text())["features"]) == [*FEATURES, "50"]
+    assert sae.refused(*words, "--features", "70", "--max-tokens-total", "9") == (
+        "Feature 70 got no label: the next request could exceed the budget of 9 tokens."
+    )
+
+
+def test_labels_are_shown_with_their_score_or_that_they_have_none(
+    sae: Command, run: Path, server: FakeLLM
+) -> None:
+    words = ("label", run, "--model", "fake", "--endpoint", server.url, "--features", "16")
+    printed = sae(*words, "--no-score")
+    assert "1 feature labelled." in printed
+    assert "    16: words about files · not scored" in printed
+    sae(*words, "--cases", "20")
+    assert "    16: words about files · detection 0.50" in sae(*words, "--no-score")
+
+
+def test_a_label_of_ones_own_with_a_pattern_is_scored_at_once(sae: Command, run: Path) -> None:
+    store = labels(run)
+    printed = sae("label", run, "--feature", "16", "--text", "a thought")
+    assert "16: a thought · not scored" in printed
+    assert "It is not scored: it has no pattern." in printed
+    assert store.all("person")[16].scores == ()
+    printed = sae("label", run, "--feature", "16", "--text", "anything", "--pattern", "/(?s)./")
+    (score,) = store.all("person")[16].scores
+    assert (score.kind, score.recall, score.judge) == ("tokens", 1.0, "pattern")
+    assert f"16: anything · F1 {score.value:.2f}" in printed
+    assert "precision " in printed
+    assert sae("label", run, "--feature", "16", "--text", "") == "Your label of feature 16 is taken away.\n"
+    assert 16 not in store.all("person")
+    assert sae.refused("label", run, "--feature", "999", "--text", "x") == (
+        "There is no feature 999: tiny has the features 0 to 159."
+    )
+    assert "is no regular expression" in sae.refused(
+        "label", run, "--feature", "16", "--text", "x", "--pattern", "/(/"
+    )
+    assert 16 not in store.all("person")
 
 
 def test_lists_and_the_most_active(sae: Command, run: Path, server: FakeLLM) -> None:
@@ -213,6 +284,9 @@ def test_labels_that_are_there_are_judged(sae: Command, run: Path, server: FakeL
     assert [score.judge for score in store.all("person")[40].scores] == ["fake"] * 2
     assert store.all("llm") == {}
     assert sae.refused("label", run, "--score-only", "--which", "llm") == (
+        "None of these features has a label by a language model to judge: choose others, or leave --which out."
+    )
+    assert sae.refused("label", run, "--score-only", "--features", "5") == (
         f"None of these features has a label to judge: make some with sae label {run}."
     )
 
@@ -230,6 +304,18 @@ def test_labels_are_imported(sae: Command, run: Path, tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["--model", "m"], "Say which features the language model gets: --features, --list, --top or --all."),
+        (["--model", "", "--all"], "--model is empty: give the name of a language model."),
+        (["--local", "", "--all"], "--local is empty: give the name of a language model."),
+        (["--feature", "3"], "A label of your own needs both: --feature and --text."),
+        (["--pattern", "x"], "A label of your own needs both: --feature and --text."),
+        (
+            ["--feature", "3", "--text", "x", "--top", "3"],
+            "--top has no effect on a label of your own: leave it out.",
+        ),
+        (
+            ["--feature", "3", "--text", "", "--pattern", "x"],
+            "A pattern belongs to a label: give the label as well.",
+        ),
         (["--model", "m", "--local", "x"], "--model and --local exclude each other: give one of them."),
         (["--endpoint", "u", "--local", "x"], "--endpoint and --local exclude each other: give one of them."),
         (["--local", "x", "--timeout", "5"], "--timeout and --local exclude each other: give one of them."),

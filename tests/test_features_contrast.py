@@ -1,7 +1,6 @@
 """Contrasts: statistics from sparse values against scipy and scikit-learn on dense ones, texts read in batches against
 one by one, tables, labelled texts, bad input."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from features import texts as texts_module
 from features.contrast import contrast
 from features.labelled_texts import read_labelled, read_sets
 from features.observations import Observations, joined
+from features.probes import auc_interval
 from features.separation import MOST_EXACT, Values, false_discovery_rate, paired_p, separation, to_four_digits
 from features.texts import read_texts
 from features.trace import trace_text
@@ -90,29 +90,38 @@ def test_separation_at_its_ends() -> None:
     assert len(separation(sparse(np.zeros((4, 3))), np.array([True, True, False, False])).auc) == 0
 
 
-def test_paired_p_against_scipy() -> None:
+def exact_signed_rank(difference: np.ndarray) -> float:
+    """Of all choices of signs of these differences, ties and all, the share that is as far from the middle."""
+    rank = stats.rankdata(np.abs(difference[difference != 0]))
+    sums = np.array([0.0])
+    for one in rank:
+        sums = np.concatenate([sums, sums + one])
+    own = rank[difference[difference != 0] > 0].sum()
+    return float((np.abs(sums - rank.sum() / 2) >= abs(own - rank.sum() / 2) - 1e-9).mean())
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_paired_p_against_slow_computations(n: int) -> None:
     random = np.random.default_rng(0)
-    dense = np.concatenate([random_dense(30, 12), random_dense(30, 12, seed=1)])
-    dense[30:, 3:9] = dense[:30, 3:9] + (random.random((30, 6)) < 0.2)  # alike within pairs
-    dense[30:, 11] = dense[:30, 11]
-    order = random.permutation(60)
-    in_a, pair = (np.arange(60) < 30)[order], np.tile(np.arange(30), 2)[order]
+    dense = np.concatenate([random_dense(n, 25), random_dense(n, 25, seed=1)])
+    dense[n:, 5:15] = dense[:n, 5:15] + (random.random((n, 10)) < 0.2)  # alike within pairs
+    dense[n:, 20] = dense[:n, 20]
+    order = random.permutation(2 * n)
+    in_a, pair = (np.arange(2 * n) < n)[order], np.tile(np.arange(n), 2)[order]
     found = paired_p(sparse(dense[order]), in_a, pair)
-    features = np.flatnonzero(dense.any(0))
-    for p, feature in zip(found, features, strict=True):
-        difference = dense[:30, feature] - dense[30:, feature]
-        same = not difference.any()
+    compared = 0
+    for p, feature in zip(found, np.flatnonzero(dense.any(0)), strict=True):
+        difference = dense[:n, feature] - dense[n:, feature]
         differing = int((difference != 0).sum())
-        if differing > MOST_EXACT:
+        if not differing:
+            assert p == 1
+        elif differing > MOST_EXACT:
             expected = stats.wilcoxon(difference, correction=False, method="asymptotic").pvalue
-        else:  # all signs of differences as they are, ties and all
-            rank = stats.rankdata(np.abs(difference[difference != 0]))
-            sums = np.array([0.0])
-            for one in rank:
-                sums = np.concatenate([sums, sums + one])
-            off = abs(rank[difference[difference != 0] > 0].sum() - rank.sum() / 2)
-            expected = (np.abs(sums - rank.sum() / 2) >= off - 1e-9).mean()
-        assert p == pytest.approx(1.0 if same else expected)
+            assert p == pytest.approx(expected)
+        elif differing <= 16:
+            assert p == pytest.approx(exact_signed_rank(difference))
+        compared += differing > MOST_EXACT or differing <= 16
+    assert compared > 15
     assert (paired_p(sparse(np.ones((4, 1))), np.arange(4) < 2, np.array([0, 1, 0, 1])) == 1).all()
 
 
@@ -171,11 +180,7 @@ def test_a_group_counts_by_its_mean_in_each_set() -> None:
         difference = np.array(
             [column[(group == g) & in_a].mean() - column[(group == g) & ~in_a].mean() for g in range(6)]
         )
-        rank = stats.rankdata(np.abs(difference[difference != 0]))
-        signs = np.array(list(itertools.product([0, 1], repeat=len(rank))))
-        off = np.abs(signs @ rank - rank.sum() / 2)
-        own = abs(rank[difference[difference != 0] > 0].sum() - rank.sum() / 2)
-        assert p == pytest.approx((off >= own - 1e-9).mean())
+        assert p == pytest.approx(exact_signed_rank(difference))
     alone = Observations.of(np.where(group == 0, 0, 100 + np.arange(30)), in_a)
     assert (alone.test, alone.left_out) == ("Mann-Whitney", 1)
     assert (alone.unit[group == 0] == -1).all()
@@ -306,6 +311,16 @@ def test_one_unmatched_text_does_not_change_the_test(run: SmallRun) -> None:
     assert all(row.p == pytest.approx(p.get(row.feature, 1.0)) for row in found.itertuples())
 
 
+def test_groups_that_are_no_pairs_count_once_each(run: SmallRun) -> None:
+    groups = (["k", "k", "l", "l", "m"], ["n", "n", "o", "o"])
+    found = contrast(run, SAFE, OTHER, groups=groups, n=None)  # type: ignore[arg-type]
+    assert found.attrs["remarks"][0].endswith("Mann-Whitney test of 5 groups")
+    assert found.p.min() >= 0.2 - 1e-9  # one of the ten ways to choose two of five, on either side
+    assert found.probes is not None
+    for row in found.probes.itertuples():
+        assert (row.auc_low, row.auc_high) == pytest.approx(auc_interval(row.auc, 3, 2))
+
+
 def test_copies_count_once_and_stay_on_one_side(run: SmallRun) -> None:
     once = contrast(run, SAFE, OTHER, n=None, probes=False)  # type: ignore[arg-type]
     found = contrast(run, SAFE * 5, OTHER * 5, n=None)  # type: ignore[arg-type]
@@ -342,6 +357,8 @@ def test_a_contrast_with_probes_is_a_table_with_figures(run: SmallRun) -> None:
     assert len(found.figure().data[0].x) == 7
     assert len(found.probes.figure().data[0].x) == 4
     assert "Probes on texts left out" in found._repr_html_()
+    assert found.remarks[0] in found.head(2)._repr_html_()
+    assert found.remarks[0] in repr(found)
 
 
 @pytest.mark.parametrize(

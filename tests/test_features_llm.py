@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +315,9 @@ def test_positives_are_of_all_tenths_and_negatives_half_hard(cases: Cases, score
             assert len(set(firing)) == len(firing)  # none is there twice, not even with other marks
             assert all(any(e.position - e.peak in positives for e in examples) for examples in bands)
             kinds = [case.kind for case in found if not case.answer]
-            assert kinds.count("hard") == len(kinds) // 2
+            n_hard = kinds.count("hard")
+            # Few windows are left in which the feature fires, for wrong marks: near misses fill up.
+            assert n_hard == len(kinds) // 2 or (task == "fuzzing" and n_hard > len(kinds) // 2)
 
 
 def test_hard_negatives_are_tokens_of_the_feature_where_it_is_silent(
@@ -327,14 +328,14 @@ def test_hard_negatives_are_tokens_of_the_feature_where_it_is_silent(
     sae: SparseAutoencoder,
 ) -> None:
     dense = windows_of(model, sae, score_index)
-    documents = score_index.blocks.documents.reshape(-1)
+    ids, documents = (each.reshape(-1) for each in (score_index.blocks.ids, score_index.blocks.documents))
     for feature in FEATURES:
-        tokens = {token.token for token in index.top_tokens(feature)[:10]}
+        tokens = {token.token_id for token in index.top_tokens(feature)[:10]}
         for task in TASKS:
             hard = [case for case in cases.of(feature, task) if case.kind == "hard"]
             assert len({case.start // 40 for case in hard}) == len(hard) > 0  # no two of one block
             for case in hard:
-                assert case.tokens[case.place] in tokens
+                assert ids[case.start + case.place] in tokens
                 assert not dense[case.start : case.start + len(case.tokens), feature].any()
                 # A window as that of a firing there: as far into the past, and not into padding.
                 position = case.start + case.place
@@ -368,7 +369,7 @@ def test_nothing_can_be_told_from_the_number_of_marks(cases: Cases) -> None:
 
 
 def test_of_a_real_model_nearly_half_of_the_negatives_are_hard(tmp_path: Path) -> None:
-    """Random directions in the bundled model, on Python text: what sets a feature off is a token, and what is around it."""
+    """Random directions in the bundled model, on Python text."""
     builtin = LanguageModel.load("builtin")
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -391,7 +392,6 @@ def test_of_a_real_model_nearly_half_of_the_negatives_are_hard(tmp_path: Path) -
         negatives = [[case.kind for case in some if not case.answer] for some in found]
         share = sum(kinds.count("hard") for kinds in negatives) / sum(map(len, negatives))
         without = np.mean([kinds.count("hard") == 0 for kinds in negatives])
-        print(task, len(live), len(found), share, without)
         assert len(found) > 20
         assert share > 0.4
         assert without < 0.1
@@ -648,11 +648,16 @@ def test_a_pattern_judges_its_label_without_a_language_model(cases: Cases, tmp_p
     some = cases.of(40, "detection")
     assert judge.answers("detection", Label(40, "x", pattern=everything), some) == [True] * len(some)
     assert judge.answers("detection", Label(40, "x", pattern=nothing), some) == [False] * len(some)
-    token = some[0].tokens[some[0].marks.argmax()]
-    label = Label(40, "x", pattern=Pattern.of_tokens([token]).to_json())
-    assert judge.answers("detection", label, some) == [token in case.tokens for case in some]
+    ids = cases.index.blocks.ids.reshape(-1)
+    positive = next(case for case in some if case.answer)
+    token = ids[positive.start + positive.marks.argmax()]
+    label = Label(40, "x", pattern=Pattern.of_tokens([cases.index.vocabulary[token]]).to_json())
+    stands = [ids[case.start : case.start + len(case.tokens)] == token for case in some]
+    assert judge.answers("detection", label, some) == [bool(here.any()) for here in stands]
     marked = cases.of(40, "fuzzing")
-    shares = [np.mean([part == token for part in np.array(case.tokens)[case.marks]]) for case in marked]
+    shares = [
+        np.mean(ids[case.start : case.start + len(case.tokens)][case.marks] == token) for case in marked
+    ]
     assert judge.answers("fuzzing", label, marked) == [share >= 0.5 for share in shares]
 
     assert not judge.can_judge(Label(40, "free text"))
@@ -668,18 +673,14 @@ def test_a_pattern_judges_its_label_without_a_language_model(cases: Cases, tmp_p
 
 def test_a_pattern_sees_what_stands_before_the_window(cases: Cases) -> None:
     judge, index = PatternJudge(cases.index), cases.index
+    tokens = [index.vocabulary[token] for token in index.blocks.ids.reshape(-1)]
     inside = [case for case in cases.of(40, "detection") if case.start % 40]
     assert inside
     for case in inside:
-        before, first = index.pieces(case.start - 1, case.start + 1)
-        tokens = index.pieces(case.start - 1, case.start + len(case.tokens))
-        pattern = Pattern.of_ngrams([[before, first]]).to_json()
-        assert judge.answers("detection", Label(40, "x", pattern=pattern), [case]) == [True]
-        everywhere = [pair == (before, first) for pair in pairwise(tokens)]
-        answers = judge.answers(
-            "fuzzing", Label(40, "x", pattern=pattern), [replace(case, marks=np.array(everywhere))]
-        )
-        assert answers == [True]
+        pair = Pattern.of_ngrams([tokens[case.start - 1 : case.start + 1]])
+        label, only_first = Label(40, "x", pattern=pair.to_json()), np.arange(len(case.tokens)) == 0
+        assert judge.answers("detection", label, [case]) == [True]
+        assert judge.answers("fuzzing", label, [replace(case, marks=only_first)]) == [True]
 
 
 def test_people_are_judged_by_the_same_scorer(
