@@ -353,6 +353,8 @@ def test_hard_negatives_do_not_depend_on_who_else_is_judged(
         for task in TASKS:
             a, b = ([(c.start, c.marks.tolist()) for c in some.of(feature, task)] for some in (few, cases))
             assert a == b
+    with pytest.raises(AssertionError, match="feature 16 is not among those"):
+        few.of(16, "detection")
 
 
 def test_nothing_can_be_told_from_the_number_of_marks(cases: Cases) -> None:

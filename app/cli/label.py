@@ -106,7 +106,7 @@ _OF_A_MODEL = (
 _CHOICES = ("features", "in_list", "top", "every")
 _OF_LABELS = (*_CHOICES, "score", "cases", "seed")
 _OF_ONE = ("feature", "text", "pattern")
-_SOURCES: "Mapping[str | None, str]" = {
+_SOURCES: Mapping[str | None, str] = {
     "automatic": "an automatic label",
     "llm": "a label by a language model",
     "person": "a person's label",
