@@ -24,7 +24,8 @@ from activations.blocks import TokenBlocks
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
 from features.aspects import Text
-from features.firing_table import Encoder, FiringTable
+from features.firing_table import FiringTable
+from features.firings import Encoder
 from features.labels import Score
 from features.patterns import Pattern
 

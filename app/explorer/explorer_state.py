@@ -2,14 +2,17 @@
 
 import random
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from activations.errors import InputError
+from activations.files import MANIFEST
 from app.explorer.explorer_style import escape_markdown
 from features.labels import Label
 from features.run import Feature, Run, open_run
+from sae.run import RunFolder
 
 if TYPE_CHECKING:
     from features.tables import FeatureTable
@@ -17,9 +20,10 @@ if TYPE_CHECKING:
 LONGEST_TEXT_IN_LINK = 2000  # characters; browsers and servers cut longer addresses
 
 
-@st.cache_resource(show_spinner="Opening the run …")
-def opened(path: str) -> Run:
-    """The run at ``path``: one object for all sessions, which are threads of one process."""
+@st.cache_resource(show_spinner="Opening the run …", max_entries=2)
+def opened(path: str, made: int) -> Run:
+    """The run at ``path``: one object for all sessions, which are threads of one process; another one for an index that
+    was ``made`` anew."""
     return open_run(path)
 
 
@@ -31,7 +35,8 @@ def the_run() -> Run:
     """
     if len(sys.argv) < 2:
         raise InputError("The explorer was started without a run: start it with sae explore RUN.")
-    return opened(sys.argv[1])
+    manifest = RunFolder(Path(sys.argv[1])).index / MANIFEST
+    return opened(sys.argv[1], manifest.stat().st_mtime_ns if manifest.is_file() else 0)
 
 
 def load_model(run: Run) -> None:
