@@ -542,7 +542,15 @@ class Pipeline:
         self._retire_labels(sae)
         labels = Labels.open(self.run.labels, sae_hash=sae.hash)
         if labels.inputs != label_inputs(sae, index, blocks):
-            label_features(index, self.model, sae, blocks, labels, progress=self.progress)
+            label_features(
+                index,
+                self.model,
+                sae,
+                blocks,
+                labels,
+                activations=self._stored(),
+                progress=self.progress,
+            )
         return labels
 
     def _retire_labels(self, sae: SparseAutoencoder) -> None:

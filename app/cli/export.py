@@ -15,8 +15,8 @@ class Arguments:
     """Write the labels of a run, or whole features, to a file or folder.
 
     csv and json hold labels with their scores, json also the lists; both can be read back (sae label RUN --from FILE).
-    neuronpedia and delphi hold their texts as explanations. neuronpedia-batch holds features with examples, as Neuronpedia takes them for
-    upload. html is one page that shows everything about the features and needs nothing else.
+    neuronpedia and delphi hold their texts as explanations. neuronpedia-batch holds features with examples, as
+    Neuronpedia takes them for upload. html is one page that shows everything about the features and needs nothing else.
     """
 
     run: Positional[Path]
@@ -32,7 +32,7 @@ class Arguments:
     model_id: str = ""
     """What Neuronpedia calls the model, by default the last part of its name here."""
     source_id: str = ""
-    """What Neuronpedia calls the SAE ("6-res-jb"), or delphi the module (no / and no \\); by default the hook's name."""
+    """What Neuronpedia calls the SAE ("6-res-jb"), or delphi the module; by default the hook's name."""
 
 
 def main(arguments: Sequence[str]) -> None:
