@@ -427,6 +427,9 @@ class FeatureIndex:
 
     def _read_record(self, feature: int) -> np.ndarray:
         """Everything about one feature, in one read; ``_record`` remembers it for a while."""
+        here, behind = np.array([feature]), np.array([feature + 1])
+        for array in (self._records, self.weights.records, self._columns):
+            read_ahead(array, here, behind)
         record = self._records[feature].copy()
         places = [record[f"{group}_position"].reshape(-1) for group in ("top", "range", "miss")]
         position = np.concatenate(places).astype(np.int64)

@@ -12,6 +12,8 @@ import numpy as np
 from activations.errors import InputError
 from activations.files import write_parts
 
+READ_WHOLE = 1 << 20
+"""Bytes of a file that is fetched as a whole, while the next ones are opened."""
 _PARSING = threading.Lock()
 """numpy parses headers with :mod:`ast`, which in CPython 3.11 fails now and then in two threads at once."""
 
@@ -48,6 +50,8 @@ def read_array(path: Path) -> np.ndarray:
             with _PARSING:
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(mapped) <= READ_WHOLE and hasattr(mmap, "MADV_WILLNEED"):
+                mapped.madvise(mmap.MADV_WILLNEED)  # so that the disk has several requests at once
             return np.ndarray(shape, dtype, mapped, file.tell())
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise InputError(f"{path} cannot be read ({error}): build the index again.") from None
