@@ -3,15 +3,15 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/index.py [--folder FOLDER] [--only PART …]
 
 Bundled model, ``blocks.3.hook_resid_post``, 2 million tokens, captured once into FOLDER. The SAE of 4,096 features is
-trained there by the defaults (k = 32, 500,000 tokens); those of other widths are copies of it with noise, so that firings
-are spread as in a trained one.
+trained there by the defaults (k = 32, 500,000 tokens); those of other widths are copies of it with noise, so that
+firings are spread as in a trained one.
 
 * **speed**: the index from the store against ``sae.encode`` in float32 of the same activations, which lie in memory.
 * **memory**: RssAnon of a process that indexes half a million and five million tokens, 32,768 features.
-* **page**: everything that a feature's page shows, in a fresh process, the files dropped from the page cache; of that index
-  and of one of 1,000,000 features, which the same writer wrote.
-* **peer**: SAEDashboard with its defaults on the same SAE and tokens, as many features as it manages in three minutes, and
-  ours on all of them.
+* **page**: everything that a feature's page shows, in a fresh process, the files dropped from the page cache; of that
+  index and of one of 1,000,000 features, which the same writer wrote.
+* **peer**: SAEDashboard with its defaults on the same SAE and tokens, as many features as it manages in three minutes,
+  and ours on all of them.
 
 Linux only. Prints Markdown.
 """
@@ -72,7 +72,9 @@ class Bench:
         """The activations, captured the first time."""
         folder = self.folder / "store"
         if not folder.is_dir():
-            CaptureJob.prepare(CaptureConfig(hook_names=(HOOK,), tokens=TOKENS), model=self.model).write(folder)
+            CaptureJob.prepare(CaptureConfig(hook_names=(HOOK,), tokens=TOKENS), model=self.model).write(
+                folder
+            )
         return ActivationStore.open(folder).at(HOOK)
 
     def sae(self, d_sae: int) -> SparseAutoencoder:

@@ -1,7 +1,8 @@
 """Near misses: positions of a feature's own token where it is silent. What it takes besides the token shows there.
 
 The token is that of one of the feature's strongest firings so far, known early in the pass, in every stretch of text
-another one. A few positions of it are looked at there, and those where the feature is silent compete to be kept, by a hash.
+another one. A few positions of it are looked at there, and those where the feature is silent compete to be kept, by a
+hash.
 """
 
 import numpy as np

@@ -23,8 +23,8 @@ _PAIRS_AT_ONCE = 1 << 20  # of every run, when files are merged
 class Tally(NamedTuple):
     """Sums for pairs, by ascending key, each once.
 
-    key: int64 ``[m]``, first · n_second + second. times: int64 ``[m]``, how often it occurred. total: float64 ``[m]``, what was summed; empty
-        where nothing is.
+    key: int64 ``[m]``, first · n_second + second. times: int64 ``[m]``, how often it occurred. total: float64 ``[m]``,
+        what was summed; empty where nothing is.
     """
 
     key: np.ndarray
@@ -35,7 +35,7 @@ class Tally(NamedTuple):
 class PairCounts:
     """Counts (and sums of values) of every pair that occurs, as pairs pass by.
 
-    Sums are in float64, which is exact unless the values of one pair differ by factors of millions, and so do not depend
+    Sums are in float64, exact unless the values of one pair differ by factors of millions, and so do not depend
     on how the text was cut.
 
     Args:

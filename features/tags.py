@@ -1,7 +1,7 @@
 """Tags: what rules say of a feature at a glance. Every rule and its threshold stands in one table, :data:`RULES`.
 
-A tag is a fact about numbers, not an explanation. The bits of all features' tags are kept in the index, so that they can
-be counted and filtered by.
+A tag is a fact about numbers, not an explanation. The bits of all features' tags are kept in the index, so that they
+can be counted and filtered by.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ RULES = (
         "says",
         "says",
         0.5,
-        "At least {percent} of its firings are followed by a token that it promotes (among the 20 highest of the logit lens).",
+        "At least {percent} of its firings are followed by one of the 20 tokens that it promotes most.",
     ),
     Rule("numeric", "numeric", 0.8, "At least {percent} of its firings are at tokens made of digits."),
     Rule(
@@ -65,7 +65,7 @@ RULES = (
         "high-norm only",
         "outlier",
         0.9,
-        "At least {percent} of its firings are at positions whose norm is far above the usual, which count nowhere else.",
+        "At least {percent} of its firings are at positions whose norm is far above the usual.",
     ),
 )
 """In the order of their bits."""

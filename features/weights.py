@@ -28,7 +28,7 @@ MAP = "map.npz"
 LENS_TOKENS = 20
 NEIGHBOURS = 50
 MOST_WITH_NEIGHBOURS = 131_072
-"""Features above which neighbours are looked up when they are asked for: their number of products grows with its square."""
+"""Features above which neighbours are looked up when they are asked for: the work for all grows with their square."""
 _FEATURES_AT_ONCE = 2048
 _RESIDUAL = re.compile(r"hook_(resid_(pre|mid|post)|attn_out|mlp_out)$")
 """Hooks whose vectors are (added to) the residual stream, which the unembedding reads."""
