@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 _AT_ONCE = 512  # buffers to a call; systems allow 1,024 and more
+_BYTES_AT_ONCE = 8 << 20
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -41,13 +42,27 @@ def write_parts(path: Path, parts: Iterable[Buffer]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:
-            _write_all(file, [memoryview(part).cast("B") for part in parts])
+            for some in _some_at_a_time(parts):
+                _write_all(file, some)
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _some_at_a_time(parts: Iterable[Buffer]) -> Iterator[list[memoryview]]:
+    """Lists of parts that hold a few megabytes each, so that parts made on the way need not all be in memory."""
+    some: list[memoryview] = []
+    size = 0
+    for part in parts:
+        some.append(memoryview(part).cast("B"))
+        size += len(some[-1])
+        if size >= _BYTES_AT_ONCE:
+            yield some
+            some, size = [], 0
+    yield some
 
 
 def _write_all(file: BinaryIO, parts: Sequence[memoryview]) -> None:

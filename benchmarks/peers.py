@@ -13,10 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-PEERS = {"sae-lens": "6.54.12", "dictionary-learning": "0.1.0", "eai-sparsify": "1.3.3"}
+PEERS = {
+    "sae-lens": "6.54.12",
+    "dictionary-learning": "0.1.0",
+    "eai-sparsify": "1.3.3",
+    "sae-dashboard": "0.8.0",
+}
 # What pip is asked for where the name and version alone will not do: dictionary-learning reads language models with
-# nnsight, which brings a torchvision of another torch. Training, encoding and its files need these only.
-INSTEAD = {"dictionary-learning": ("--no-deps dictionary-learning==0.1.0", "einops tqdm numpy safetensors")}
+# nnsight, which brings a torchvision of another torch. Training, encoding and its files need these only. SAEDashboard
+# wants numpy 1, which newer releases of pyarrow do not.
+INSTEAD = {
+    "dictionary-learning": ("--no-deps dictionary-learning==0.1.0", "einops tqdm numpy safetensors"),
+    "sae-dashboard": ("sae-dashboard==0.8.0 pyarrow<20",),
+}
 CACHE = Path(__file__).parent / ".venvs"
 
 

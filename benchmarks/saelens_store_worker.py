@@ -22,13 +22,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import datasets
 import torch
 import transformers
+from hooked_llama import hooked_llama
 from memory import PeakMemory, peak
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KINDS = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
@@ -45,36 +44,7 @@ def load(kind: str, folder: str, layer: int) -> tuple[Any, str]:
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if kind == "AutoModelForCausalLM":
         return HookedProxyLM(hf, tokenizer, hook_names=[f"model.layers.{layer}"]), f"model.layers.{layer}"
-    config = HookedTransformerConfig(
-        n_layers=hf.config.num_hidden_layers,
-        d_model=hf.config.hidden_size,
-        n_heads=hf.config.num_attention_heads,
-        d_head=hf.config.head_dim,
-        d_mlp=hf.config.intermediate_size,
-        d_vocab=hf.config.vocab_size,
-        n_ctx=hf.config.max_position_embeddings,
-        eps=hf.config.rms_norm_eps,
-        act_fn="silu",
-        gated_mlp=True,
-        normalization_type="RMS",
-        final_rms=True,
-        positional_embedding_type="rotary",
-        rotary_dim=hf.config.head_dim,
-        rotary_base=hf.config.rope_parameters["rope_theta"],
-        original_architecture="LlamaForCausalLM",
-        device="cpu",
-        dtype=torch.float32,
-    )
-    model = HookedTransformer(config, tokenizer=tokenizer)
-    # As SAELens loads models: from_pretrained_no_processing.
-    model.load_and_process_state_dict(
-        convert_llama_weights(hf, config),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return model, hook
+    return hooked_llama(hf, tokenizer), hook
 
 
 def store_of(model: Any, hook: str, job: dict[str, Any], prompts: int, buffer: int, cache: str) -> Any:

@@ -5,29 +5,67 @@ positions, grouped by feature. Nothing is ever dense in features.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.capture import BlockRanges, blocks_per_batch, capture_blocks, capture_range, kept_at_all
+from activations.capture import (
+    BlockRanges,
+    blocks_per_batch,
+    capture_range,
+    counted_positions,
+    in_order,
+    kept_at_all,
+)
 from activations.errors import InputError
+from activations.exclusion import Exclusion, norms
 from activations.models import LanguageModel
 from activations.store import HookActivations
+from activations.tokenizer import Tokenizer
+from features.groups import group_starts
 from features.layout import QUANTA, WINDOW, WINDOW_BEFORE
 from sae.codes import SparseCodes
-from sae.model import SparseAutoencoder
 
-ENCODE_POSITIONS = 8_192
-"""Positions that are encoded at once: bounds the memory of their activations."""
 CHUNK_FIRINGS = 1 << 20
-"""Firings that are sorted at once: with fewer, more time goes into merging what was kept before."""
+FIRINGS_PER_FEATURE = 32
+"""Firings that are sorted at once, and at least so many for each feature: with fewer, more time goes into merging what
+was kept before."""
+
+OUTLIER_FACTOR = 10
+NORM_BLOCKS = 16
+"""Norms above so many times the median of the first blocks are outliers, where the SAE sets no bound of its own."""
+
+_NONE = np.zeros(0, dtype=np.int64)
 
 T = TypeVar("T")
+
+
+class Encoder(Protocol):
+    """Whatever tells which of its features fire on an activation: an SAE, or a control of one."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+
+    @property
+    def hook_name(self) -> str:
+        """Where in the model it reads."""
+
+    @property
+    def b_dec(self) -> Tensor:
+        """A tensor of the device and number format that :meth:`encode` takes."""
+
+    def exclusions(self, tokenizer: Tokenizer) -> dict[str, Exclusion]:
+        """Which positions do not count, by hook."""
+
+    def encode(self, x: Tensor) -> SparseCodes:
+        """The codes of activations ``[n, d_in]``."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +78,10 @@ class Firings:
         value: float32 ``[m]``, the activations, all positive.
         kept: int64 ``[n]``, the positions that count, ascending, whether anything fired there or not.
         context_length: positions per block.
+        special, outlier: int64, the features that fire at positions that are left out as special tokens or for their
+            norm; each once for every such position. special_id: int64, which token that is.
+        kept_special, kept_outlier: int64, ascending: special tokens and outliers that count, since the SAE was trained
+            on them, but make no telling example.
     """
 
     feature: np.ndarray
@@ -47,61 +89,93 @@ class Firings:
     value: np.ndarray
     kept: np.ndarray
     context_length: int
+    special: np.ndarray
+    special_id: np.ndarray
+    outlier: np.ndarray
+    kept_special: np.ndarray
+    kept_outlier: np.ndarray
 
     @classmethod
-    def of(cls, codes: SparseCodes, kept: np.ndarray, context_length: int) -> "Firings":
-        """Group ``codes`` of n rows by feature; ``kept`` int64 ``[n]`` is the position of each row.
+    def of(cls, parts: "list[Encoded]", context_length: int) -> "Firings":
+        """Group what consecutive ranges of blocks gave by feature.
 
         Raises:
             InputError: an activation is negative: "strongest" would mean two things.
         """
-        rows, features, values = (entry.cpu().numpy() for entry in codes.entries())
-        if len(values) and values.min() < 0:
+        joined = Encoded(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        if len(joined.value) and joined.value.min() < 0:
             raise InputError("This SAE has negative activations; an index is made of positive ones only.")
         # (feature, entry) in one word: sorting words is several times as fast as a stable argsort.
-        packed = np.sort(features << 32 | np.arange(len(features)))
+        packed = joined.feature << 32
+        packed |= np.arange(len(packed))
+        packed.sort()
         order = packed & 0xFFFFFFFF
-        value = values[order].astype(np.float32, copy=False)
-        return cls(packed >> 32, kept[rows[order]], value, kept, context_length)
+        packed >>= 32
+        apart = joined.special, joined.special_id, joined.outlier, joined.kept_special, joined.kept_outlier
+        return cls(packed, joined.position[order], joined.value[order], joined.kept, context_length, *apart)
 
-    def windows(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the same feature does around some of the firings, within their blocks.
+    @cached_property
+    def barred(self) -> np.ndarray:
+        """Positions that make no example: int64, ascending."""
+        return np.union1d(self.kept_special, self.kept_outlier)
+
+    @cached_property
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """The features that fire, ascending, and where the firings of each begin: int64 ``[g]`` each."""
+        starts = group_starts(self.feature)
+        return self.feature[starts], starts
+
+    def windows(self, feature: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a feature does around some positions of these blocks, within their block.
 
         Args:
-            chosen: int64 ``[c]``, which of the m firings.
+            feature, position: int64 ``[c]``, pairs.
 
         Returns:
             uint8 ``[c, WINDOW]``: activations from ``position - WINDOW_BEFORE`` on, in units of
             scale / QUANTA, at least 1 where the feature fires; float32 ``[c]``: the scale, each window's
             largest activation.
         """
-        position = self.position[chosen]
         block = position - position % self.context_length
         window_start = position - WINDOW_BEFORE
         begin = np.maximum(window_start, block)
         end = np.minimum(window_start + WINDOW, block + self.context_length)
-        # A window is a contiguous run of the sorted firings, and never empty: it holds the firing itself.
-        keys, base = self._keys, self.feature[chosen] * self._span
-        run_start = np.searchsorted(keys, base + begin - self._first)
-        lengths = np.searchsorted(keys, base + end - self._first) - run_start
+        base = feature * self._span - self._first
+        run_start = np.searchsorted(self._keys, base + begin)
+        lengths = np.searchsorted(self._keys, base + end) - run_start
         offsets = lengths.cumsum() - lengths
-        row = np.repeat(np.arange(len(chosen)), lengths)
+        row = np.repeat(np.arange(len(feature)), lengths)
         entry = np.arange(len(row)) + (run_start - offsets)[row]
         value = self.value[entry]
-        scale = np.maximum.reduceat(value, offsets) if len(chosen) else np.zeros(0, dtype=np.float32)
-        windows = np.zeros((len(chosen), WINDOW), dtype=np.uint8)
-        quanta = np.rint(value * (np.float32(QUANTA) / scale)[row])
+        scale = np.zeros(len(feature), dtype=np.float32)
+        filled = lengths > 0
+        if filled.any():
+            scale[filled] = np.maximum.reduceat(value, offsets[filled])
+        windows = np.zeros((len(feature), WINDOW), dtype=np.uint8)
+        quanta = np.rint(value * (np.float32(QUANTA) / scale[row]))
         windows[row, self.position[entry] - window_start[row]] = quanta.clip(1, QUANTA)
         return windows, scale
+
+    def fires(self, feature: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Whether a feature fires at a position of these blocks: bool ``[c]``, of int64 ``[c]`` pairs."""
+        if not len(self.feature):
+            return np.zeros(len(feature), dtype=bool)
+        key = feature * self._span + position - self._first
+        place = np.searchsorted(self._keys, key).clip(max=len(self._keys) - 1)
+        return self._keys[place] == key
 
     @property
     def _first(self) -> int:
         """The first position of the first block."""
+        if not len(self.kept):
+            return 0
         return int(self.kept[0]) // self.context_length * self.context_length
 
     @property
     def _span(self) -> int:
         """Number of positions from the first block to the last."""
+        if not len(self.kept):
+            return self.context_length
         return (int(self.kept[-1]) // self.context_length + 1) * self.context_length - self._first
 
     @cached_property
@@ -113,70 +187,143 @@ class Firings:
         return self.feature * self._span + (self.position - self._first)
 
 
+class Encoded(NamedTuple):
+    """What fires in a few blocks, in the order of positions; columns as :class:`Firings` has them, not yet sorted.
+
+    position, feature: int64 ``[m]``, value: float32 ``[m]``. The others are those of :class:`Firings`.
+    """
+
+    position: np.ndarray
+    feature: np.ndarray
+    value: np.ndarray
+    kept: np.ndarray
+    special: np.ndarray
+    special_id: np.ndarray
+    outlier: np.ndarray
+    kept_special: np.ndarray
+    kept_outlier: np.ndarray
+
+
 def stream_firings(
     model: LanguageModel,
-    sae: SparseAutoencoder,
+    sae: Encoder,
     blocks: TokenBlocks,
     store: HookActivations | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    outlier_norm: float = float("inf"),
 ) -> Generator[tuple[Firings, int], None, None]:
     """The firings of ``sae`` on ``blocks``, in order; positions that training excludes are left out.
+
+    On a CPU ranges of blocks are read and encoded in several threads, each of which computes on one: whatever else is
+    to be done runs beside them without making an operator wait for its other half. Close it where not all is read.
 
     Args:
         store: holds the activations of these blocks (it may hold more); ``model`` computes them when None. Those at a
             transcoder's other hook, whose norms exclude positions too, are from the same store if it has them.
+        start, stop: the range of blocks that is read; all by default.
+        outlier_norm: see :func:`usual_outlier_norm`.
 
     Yields:
-        firings, and how many blocks have been read since the last ones.
+        firings, and how many blocks have been read since the last ones. A stream that starts where these end yields
+        what this one would yield next.
     """
-    activations = _kept_activations(model, sae, blocks, store)
-    codes = (
-        (
-            np.concatenate([kept for kept, _ in group]),
-            sae.encode(torch.cat([x for _, x in group]).to(sae.b_dec)),
-        )
-        for group in _grouped(activations, ENCODE_POSITIONS, lambda item: len(item[0]))
-    )
-    done = 0
-    for group in _grouped(codes, CHUNK_FIRINGS, lambda item: item[1].nnz):
-        kept = np.concatenate([kept for kept, _ in group])
-        firings = Firings.of(SparseCodes.concatenate([c for _, c in group]), kept, blocks.context_length)
-        reached = int(kept[-1]) // blocks.context_length + 1
-        yield firings, reached - done
-        done = reached
+    stop = blocks.n_blocks if stop is None else stop
+    enough = max(CHUNK_FIRINGS, FIRINGS_PER_FEATURE * sae.d_sae)
+    encode = _encoder(model, sae, blocks, store, outlier_norm)
+    ranges = BlockRanges(stop, blocks_per_batch(model, blocks.context_length), start)
+    with closing(in_order(model.device, lambda span: (span[1], encode(*span)), ranges)) as encoded:
+        done = start
+        for group in _grouped(encoded, enough, lambda part: len(part[1].feature)):
+            reached = group[-1][0]
+            yield Firings.of([part for _, part in group], blocks.context_length), reached - done
+            done = reached
 
 
-def _kept_activations(
-    model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks, store: HookActivations | None
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Positions that count, int64 [n], ascending, and their activations [n, d_in], a few blocks at a time."""
+def _encoder(
+    model: LanguageModel,
+    sae: Encoder,
+    blocks: TokenBlocks,
+    store: HookActivations | None,
+    outlier_norm: float,
+) -> Callable[[int, int], Encoded]:
+    """A function that says what fires in blocks ``first`` to ``last``."""
     exclusions = {
         hook_name: rule
         for hook_name, rule in sae.exclusions(model.tokenizer).items()
         if hook_name == sae.hook_name
         or rule.max_norm < float("inf")  # without a bound, both exclude the same
     }
-    for start, found in _activations(model, list(exclusions), blocks, store):
+    exclude_special = bool(exclusions[sae.hook_name].special_ids)
+    all_special = sorted(model.tokenizer.special_ids)
+
+    def encode(first: int, last: int) -> Encoded:
+        found = _activations(model, list(exclusions), blocks, store, first, last)
+        counts = kept_at_all(blocks, first, last, found, exclusions).cpu().numpy()
+        real = counted_positions(blocks, first, last).numpy()
+        ids = blocks.ids[first:last][real].astype(np.int64)
+        is_kept, is_special = counts[real], np.isin(ids, all_special)
+        place = np.flatnonzero(real) + first * blocks.context_length
         x = found[sae.hook_name]
-        counts = kept_at_all(blocks, start, start + len(x), found, exclusions).to(x.device)
-        kept = np.flatnonzero(counts.cpu().numpy()) + start * blocks.context_length
-        if len(kept):
-            yield kept, x[counts]
+        x = (x.flatten(0, 1) if real.all() else x[torch.from_numpy(real).to(x.device)]).to(sae.b_dec)
+        # All of them at once: there are few that do not count.
+        rows, feature, value = (entry.cpu().numpy() for entry in sae.encode(x).entries())
+        value = value.astype(np.float32, copy=False)
+        if not is_kept.all():
+            fires_kept = is_kept[rows]
+            left_rows, left_feature = rows[~fires_kept], feature[~fires_kept]
+            rows, feature, value = rows[fires_kept], feature[fires_kept], value[fires_kept]
+        else:
+            left_rows = left_feature = _NONE
+        by_id = is_special[left_rows] & exclude_special
+        far = np.zeros(len(x), dtype=bool)
+        if outlier_norm < float("inf"):
+            far = (norms(x) > outlier_norm).cpu().numpy() & ~is_special
+        return Encoded(
+            place[rows],
+            feature,
+            value,
+            kept=place[is_kept],
+            special=left_feature[by_id],
+            special_id=ids[left_rows[by_id]],
+            outlier=left_feature[~by_id],
+            kept_special=place[is_kept & is_special],
+            kept_outlier=place[is_kept & far],
+        )
+
+    return encode
+
+
+def usual_outlier_norm(
+    model: LanguageModel, sae: Encoder, blocks: TokenBlocks, store: HookActivations | None = None
+) -> float:
+    """The norm above which a position is an outlier where the SAE sets no bound of its own: OUTLIER_FACTOR times the
+    median of the first blocks' norms, special tokens left out; infinite where the SAE does set one."""
+    rule = sae.exclusions(model.tokenizer)[sae.hook_name]
+    if rule.max_norm < float("inf"):
+        return float("inf")
+    stop = min(NORM_BLOCKS, blocks.n_blocks)
+    x = _activations(model, [sae.hook_name], blocks, store, 0, stop)[sae.hook_name]
+    is_special = torch.from_numpy(np.isin(blocks.ids[:stop], sorted(model.tokenizer.special_ids)))
+    counts = counted_positions(blocks, 0, stop) & ~is_special
+    length = norms(x[counts.to(x.device)])
+    return OUTLIER_FACTOR * float(length.median()) if len(length) else float("inf")
 
 
 def _activations(
-    model: LanguageModel, hook_names: list[str], blocks: TokenBlocks, store: HookActivations | None
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """First block and activations by hook name, a few blocks at a time; what the store lacks is computed."""
-    if store is None:
-        yield from capture_blocks(model, blocks, hook_names)
-        return
-    held = [name for name in hook_names if name in store.store.hook_names]
+    model: LanguageModel,
+    hook_names: list[str],
+    blocks: TokenBlocks,
+    store: HookActivations | None,
+    first: int,
+    last: int,
+) -> dict[str, Tensor]:
+    """Activations of some blocks, ``[last - first, context, width]`` by hook; what the store lacks is computed."""
+    held = [] if store is None else [name for name in hook_names if name in store.store.hook_names]
     missing = [name for name in hook_names if name not in held]
-    for start, stop in BlockRanges(blocks.n_blocks, blocks_per_batch(model, blocks.context_length)):
-        found = {name: store.store.at(name).read(start, stop) for name in held}
-        if missing:
-            found |= capture_range(model, blocks, missing, (start, stop))
-        yield start, found
+    found = {} if store is None else {name: store.store.at(name).read(first, last) for name in held}
+    return found | (capture_range(model, blocks, missing, (first, last)) if missing else {})
 
 
 def _grouped(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -5,10 +5,11 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +18,20 @@ from activations.errors import InputError
 from activations.files import read_manifest
 from activations.strings import StringTable
 from activations.tokenizer import byte_pieces
-from features.layout import ARRAYS, KIND, LENS_ARRAYS, N_BANDS, QUANTA, WINDOW, WINDOW_BEFORE
+from features.coactive import Coactive
+from features.layout import COUNTED, KIND, LAYOUT, N_BANDS, QUANTA, TEXT_ARRAYS, WINDOW, WINDOW_BEFORE
+from features.records import read_ahead, read_array
 from features.statistics import histogram_quantile
+from features.tags import Tag, rules_of
+from features.tokens_html import visible
+from features.weights import WeightIndex
+
+if TYPE_CHECKING:
+    from features.run import Run
+    from features.tables import FeatureTable
 
 _SHOWN_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_REMEMBERED = 16  # features
 _LONGEST_CHARACTER = 4
 """Bytes of UTF-8, and so at most as many tokens."""
 
@@ -54,8 +65,8 @@ class TokenStatistic:
 
     Attributes:
         token, token_id: its display text and id.
-        count: how often the feature fires at it. mean: the mean activation there.
-        share: fraction of the feature's firings that are at it.
+        count: how often the feature fires at it (or before it). mean: the mean activation there.
+        share: fraction of the feature's firings that are at it (or before it).
         lift: share / fraction of all text that is this token; 1 means the feature does not care.
     """
 
@@ -75,14 +86,15 @@ class FeatureIndex:
         manifest: facts, and ``inputs``: what it was made from (sae_hash, model_hash, blocks_hash …).
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._arrays = arrays
+        self._run: Run | None = None
+        self._record = lru_cache(_REMEMBERED)(self._read_record)
 
     @classmethod
     def open(cls, folder: str | Path, *, sae_hash: str | None = None) -> "FeatureIndex":
-        """Open an index.
+        """Open an index; its files are read when they are asked for.
 
         Args:
             sae_hash: if given, the index must have been made with the SAE of this hash.
@@ -94,19 +106,50 @@ class FeatureIndex:
         manifest = read_manifest(folder, KIND)
         if sae_hash is not None and manifest["inputs"]["sae_hash"] != sae_hash:
             raise InputError(f"{folder} was made with another SAE: build the index of this one.")
-        arrays = {}
-        for name in (*ARRAYS, *(LENS_ARRAYS if manifest["logit_lens"] else ())):
-            path = folder / f"{name}.npy"
-            try:
-                arrays[name] = np.load(path, mmap_mode="r")
-            except (OSError, ValueError, EOFError) as error:
-                raise InputError(f"{path} cannot be read ({error}): build the index again.") from None
-        return cls(folder, manifest, arrays)
+        if manifest["inputs"].get("layout") != LAYOUT:
+            raise InputError(f"{folder} was made by another version of saescope: build the index again.")
+        for name in ("columns", "features", *TEXT_ARRAYS):
+            if not (folder / f"{name}.npy").is_file():
+                raise InputError(f"{folder} lacks {name}.npy: build the index again.")
+        index = cls(folder, manifest)
+        # All files of one index are mapped now: it may be built anew while this one is in use.
+        _ = index._columns, index._records, index._text, index.weights.records, index.blocks
+        return index
+
+    def of_run(self, run: "Run") -> "FeatureIndex":
+        """The same index, which knows the run it belongs to: its model, SAE and labels."""
+        self._run = run
+        return self
+
+    def search(self, query: str, **options: Any) -> "FeatureTable":
+        """Features by the words of their labels, top tokens and notes; see :func:`features.search.search`."""
+        from features.search import search
+
+        return search(self._of_a_run(), query, **options)
+
+    def active_in(self, text: str, **options: Any) -> "FeatureTable":
+        """The features that are active in a text; see :func:`features.active.active_in`."""
+        from features.active import active_in
+
+        return active_in(self._of_a_run(), text, **options)
+
+    def contrast(self, a: Sequence[str], b: Sequence[str], **options: Any) -> "FeatureTable":
+        """The features that tell two sets of texts apart; see :func:`features.contrast.contrast`."""
+        from features.contrast import contrast
+
+        return contrast(self._of_a_run(), a, b, **options)
+
+    def _of_a_run(self) -> "Run":
+        if self._run is None:
+            raise InputError(
+                f"{self.folder} was opened by itself, without model and labels: use open_run(...).index."
+            )
+        return self._run
 
     @property
     def d_sae(self) -> int:
         """Number of features."""
-        return len(self._arrays["count"])
+        return int(self.manifest["d_sae"])
 
     @property
     def n_tokens(self) -> int:
@@ -126,7 +169,7 @@ class FeatureIndex:
     @property
     def count(self) -> np.ndarray:
         """int64 ``[d_sae]``, number of positions at which each feature fires."""
-        return self._arrays["count"]
+        return self.column("count")
 
     @cached_property
     def density(self) -> np.ndarray:
@@ -136,17 +179,60 @@ class FeatureIndex:
     @property
     def mean(self) -> np.ndarray:
         """float32 ``[d_sae]``, mean activation over firings; 0 for a feature that never fired."""
-        return self._arrays["mean"]
+        return self.column("mean")
 
     @property
     def std(self) -> np.ndarray:
         """float32 ``[d_sae]``, standard deviation of the activation over firings."""
-        return self._arrays["std"]
+        return self.column("std")
 
     @property
     def max(self) -> np.ndarray:
         """float32 ``[d_sae]``, largest activation."""
-        return self._arrays["max"]
+        return self.column("max")
+
+    @property
+    def token_entropy(self) -> np.ndarray:
+        """float32 ``[d_sae]``, bits: how spread out a feature's firings are over tokens; 0 for a single token."""
+        return self.column("entropy")
+
+    def column(self, name: str) -> np.ndarray:
+        """One of :data:`features.layout.COLUMNS` for all features ``[d_sae]``, mapped from the file."""
+        return self._columns[name]
+
+    def array(self, name: str) -> np.ndarray:
+        """One field of the records of all features ``[d_sae, …]``, mapped from the file; see :mod:`features.layout` and
+        :func:`features.weights.weight_record`.
+        """
+        names = self._records.dtype.names or ()
+        return self._records[name] if name in names else self.weights.records[name]
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        return read_array(self.folder / "columns.npy")
+
+    @cached_property
+    def _records(self) -> np.ndarray:
+        return read_array(self.folder / "features.npy")
+
+    @cached_property
+    def _text(self) -> dict[str, np.ndarray]:
+        return {name: read_array(self.folder / f"{name}.npy") for name in TEXT_ARRAYS}
+
+    @cached_property
+    def weights(self) -> WeightIndex:
+        """What the weights alone tell."""
+        beside = self.folder.parent / "weights"
+        with suppress(InputError):  # there may be anything
+            found = WeightIndex.open(beside)
+            if found.manifest["inputs"]["sae_hash"] == self.sae_hash:
+                return found
+        return WeightIndex.open(self.folder / "weights")
+
+    @property
+    def decoder_map(self) -> np.ndarray | None:
+        """float32 ``[d_sae, 2]``, a place in the plane for every decoder row; None before it is made."""
+        return self.weights.decoder_map
 
     @property
     def vocabulary(self) -> Sequence[str]:
@@ -156,18 +242,23 @@ class FeatureIndex:
     @cached_property
     def blocks(self) -> TokenBlocks:
         """The text of the index."""
-        ids = self._arrays["ids"]
-        starts = self._arrays["run_start"]
-        documents = np.repeat(self._arrays["run_document"], np.diff(starts, append=ids.size))
+        ids = self._text["ids"]
+        starts = self._text["run_start"]
+        documents = np.repeat(self._text["run_document"], np.diff(starts, append=ids.size))
         facts = {name: self.manifest[name] for name in ("split", "packing", "bos")}
+        counted = read_array(self.folder / f"{COUNTED}.npy") if self.manifest["counted"] else None
         return TokenBlocks(
-            ids=ids, documents=documents.reshape(ids.shape), names=list(self._documents), **facts
+            ids=ids,
+            documents=documents.reshape(ids.shape),
+            names=list(self._documents),
+            counted=counted,
+            **facts,
         )
 
-    @property
+    @cached_property
     def histogram_edges(self) -> np.ndarray:
         """float32 ``[n_bins + 1]``, log-spaced; what lies outside is counted in the first or last bin."""
-        return self._arrays["histogram_edges"]
+        return np.array(self.manifest["histogram_edges"], dtype=np.float32)
 
     def histogram(self, feature: int) -> np.ndarray:
         """int64 ``[n_bins]``, firings by activation: ``edges[i] <= a < edges[i + 1]``."""
@@ -180,32 +271,73 @@ class FeatureIndex:
         )
 
     def top_examples(self, feature: int, width: int = WINDOW) -> list[Example]:
-        """The strongest firings, strongest first, at most one per document, ``width`` tokens around each."""
+        """The strongest firings, strongest first, at most one per document, ``width`` tokens around each.
+
+        More than WINDOW tokens are read and encoded again, which needs the run that the index belongs to.
+        """
         return self._examples("top", self._checked(feature), width)
 
-    def range_examples(self, feature: int, width: int = WINDOW) -> list[tuple[str, list[Example]]]:
-        """A random choice of firings from each fifth of them by activation, the strongest ("80–100%") first.
+    def near_misses(self, feature: int, width: int = WINDOW) -> list[Example]:
+        """Places of the feature's own tokens where it is silent, at most one per document; ``value`` is 0."""
+        return self._examples("miss", self._checked(feature), width)
 
-        Each band holds a fifth of all firings (see :func:`features.examples.quantile_bands`); bands without
+    def range_examples(self, feature: int, width: int = WINDOW) -> list[tuple[str, list[Example]]]:
+        """A random choice of firings from each tenth of them by activation, the strongest ("90–100%") first.
+
+        Each band holds a tenth of all firings (see :func:`features.examples.quantile_bands`); bands without
         an example, of features that fired a few times only, are left out.
         """
         feature = self._checked(feature)
         bands = []
         for band in reversed(range(N_BANDS)):
-            if examples := self._examples("range", (feature, band), width):
+            if examples := self._examples("range", feature, width, band):
                 name = f"{100 * band // N_BANDS}–{100 * (band + 1) // N_BANDS}%"
                 bands.append((name, examples))
         return bands
 
     def top_tokens(self, feature: int) -> list[TokenStatistic]:
         """The tokens at which the feature fires, those with the largest sum of activations first."""
-        ids, counts = self._row("token_id", feature), self._row("token_count", feature)
-        base = self._arrays["vocabulary_count"]
+        return self._tokens("token", feature, self._row("token_mean", feature))
+
+    def next_tokens(self, feature: int) -> list[TokenStatistic]:
+        """The tokens that follow its firings in the same document, the most frequent first; their mean is nan."""
+        ids = self._row("next_id", feature)
+        return self._tokens("next", feature, np.full(len(ids), np.nan))
+
+    def coactive(self, feature: int) -> list[Coactive]:
+        """The features that fire at the same positions, the most alike (Jaccard) first; counted on a sample."""
+        ids, both = self._row("coactive_id", feature), self._row("coactive_count", feature)
+        both, ids = both[ids >= 0].astype(np.int64), ids[ids >= 0]
+        sampled = self.column("sampled")
+        own, others = np.full(len(ids), sampled[feature], np.int64), sampled[ids].astype(np.int64)
+        return Coactive.of(ids, both, own, others, int(self.manifest["n_sampled"]))
+
+    def tags(self, feature: int) -> list[Tag]:
+        """What rules say of it; see :data:`features.tags.RULES`."""
+        tags = []
+        for rule in rules_of(int(self.column("tags")[self._checked(feature)])):
+            about = ""
+            if rule.name == "duplicate":
+                about = f" of {self.neighbours(feature)[0][0]}"
+            elif rule.name == "single token":
+                most = max(self.top_tokens(feature), key=lambda token: token.count)
+                about = f" ‹{visible(most.token)}›"
+            elif rule.name == "says":
+                promoted = {token_id for _, token_id, _ in self.promoted(feature)}
+                said = [token for token in self.next_tokens(feature) if token.token_id in promoted]
+                about = f" ‹{visible(said[0].token)}›" if said else ""
+            tags.append(Tag(rule.name, rule.name + about, rule.tooltip))
+        return tags
+
+    def _tokens(self, name: str, feature: int, means: np.ndarray) -> list[TokenStatistic]:
+        ids, counts = self._row(f"{name}_id", feature), self._row(f"{name}_count", feature)
+        base, n_firings = self._text["vocabulary_count"], int(self.count[feature])
         statistics = []
-        for token_id, count, mean in zip(ids, counts, self._row("token_mean", feature), strict=True):
+        for token_id, count, mean in zip(ids, counts, means, strict=True):
             if token_id >= 0:
-                share = float(count) / float(self.count[feature])
-                lift = share * self.n_tokens / float(base[token_id])
+                share = int(count) / n_firings
+                rate = int(base[token_id]) / self.n_tokens
+                lift = share / rate if rate else float("nan")  # a token that never counts where features fire
                 statistics.append(
                     TokenStatistic(
                         self.vocabulary[token_id], int(token_id), int(count), float(mean), share, lift
@@ -226,34 +358,58 @@ class FeatureIndex:
         return self._lens("suppressed", feature)
 
     def neighbours(self, feature: int) -> list[tuple[int, float]]:
-        """The features with the most similar decoder rows: (feature, cosine), nearest first."""
+        """The features with the most similar decoder rows: (feature, cosine), nearest first.
+
+        Of an SAE too wide to keep those of all features they are worked out now.
+        """
+        feature = self._checked(feature)
+        if self.d_sae == 1:
+            return []
+        if not self.weights.has_neighbours:
+            from features.weights import neighbours_of
+
+            return neighbours_of(self._of_a_run().sae, feature)
         ids, cosines = self._row("neighbour_id", feature), self._row("neighbour_cosine", feature)
-        return [(int(i), float(cosine)) for i, cosine in zip(ids, cosines, strict=True)]
+        return [(int(i), float(cosine)) for i, cosine in zip(ids, cosines, strict=True) if i >= 0]
 
     def pieces(self, start: int, stop: int) -> list[str]:
         """Exact text of the tokens at positions ``start`` to ``stop`` (of one block), one string per token.
 
         A character that is spread over several tokens stands at the first of them, the others are "".
         """
-        context = self._arrays["ids"].shape[1]
+        context = self._text["ids"].shape[1]
         block = start - start % context
         # A character may begin before the first of them, or end after the last.
         begin = max(start - _LONGEST_CHARACTER + 1, block)
         end = min(stop + _LONGEST_CHARACTER - 1, block + context)
-        ids = self._arrays["ids"].reshape(-1)[begin:end]
-        return byte_pieces([self._token_bytes(int(i)) for i in ids])[start - begin : stop - begin]
+        ids = self._text["ids"].reshape(-1)[begin:end].tolist()
+        shown = [self._shown(i) for i in ids]
+        if not any("<0x" in text for text in shown):
+            return shown[start - begin : stop - begin]
+        return byte_pieces([self._token_bytes(i) for i in ids])[start - begin : stop - begin]
+
+    def _shown(self, token_id: int) -> str:
+        """The display text of a token, remembered: most tokens occur many times in a page."""
+        text = self._seen_tokens.get(token_id)
+        if text is None:
+            text = self._seen_tokens[token_id] = self._vocabulary[token_id]
+        return text
+
+    @cached_property
+    def _seen_tokens(self) -> dict[int, str]:
+        return {}
 
     @cached_property
     def _vocabulary(self) -> StringTable:
-        return StringTable(self._arrays["vocabulary"], self._arrays["vocabulary_offsets"])
+        return StringTable(self._text["vocabulary"], self._text["vocabulary_offsets"])
 
     @cached_property
     def _documents(self) -> StringTable:
-        return StringTable(self._arrays["documents"], self._arrays["documents_offsets"])
+        return StringTable(self._text["documents"], self._text["documents_offsets"])
 
     @cached_property
     def _padding_starts(self) -> np.ndarray:
-        return np.asarray(self._arrays["run_start"][self._arrays["run_document"] == PADDING])
+        return np.asarray(self._text["run_start"][self._text["run_document"] == PADDING])
 
     def _checked(self, feature: int) -> int:
         if not 0 <= feature < self.d_sae:
@@ -263,28 +419,56 @@ class FeatureIndex:
         return feature
 
     def _row(self, name: str, feature: int) -> np.ndarray:
-        return self._arrays[name][self._checked(feature)]
+        feature = self._checked(feature)
+        record = self._record(feature)
+        names = record.dtype.names or ()
+        value: np.ndarray = record[name] if name in names else self.weights.records[feature][name]
+        return value
+
+    def _read_record(self, feature: int) -> np.ndarray:
+        """Everything about one feature, in one read; ``_record`` remembers it for a while."""
+        here, behind = np.array([feature]), np.array([feature + 1])
+        for array in (self._records, self.weights.records, self._columns):
+            read_ahead(array, here, behind)
+        record = self._records[feature].copy()
+        places = [record[f"{group}_position"].reshape(-1) for group in ("top", "range", "miss")]
+        position = np.concatenate(places).astype(np.int64)
+        position = position[position >= 0]
+        ids = self._text["ids"].reshape(-1)
+        read_ahead(ids, (position - WINDOW_BEFORE).clip(min=0), (position + WINDOW).clip(max=len(ids)))
+        return record
 
     def _lens(self, name: str, feature: int) -> list[tuple[str, int, float]]:
         feature = self._checked(feature)
-        if not self.manifest["logit_lens"]:
+        if not self.weights.has_logit_lens:
             return []
         ids, logits = self._row(f"{name}_id", feature), self._row(f"{name}_logit", feature)
-        return [(self.vocabulary[i], int(i), float(logit)) for i, logit in zip(ids, logits, strict=True)]
+        return [
+            (self.vocabulary[i], int(i), float(logit)) for i, logit in zip(ids, logits, strict=True) if i >= 0
+        ]
 
     def _token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token's display text stands for."""
-        parts = _SHOWN_BYTE.split(self.vocabulary[token_id])  # text, byte, text, byte, …, text
+        parts = _SHOWN_BYTE.split(self._shown(token_id))  # text, byte, text, byte, …, text
         return b"".join(bytes.fromhex(part) if i % 2 else part.encode() for i, part in enumerate(parts))
 
-    def _examples(self, group: str, row: int | tuple[int, int], width: int) -> list[Example]:
-        if not 1 <= width <= WINDOW:
-            raise InputError(
-                f"An example {width} tokens wide cannot be shown: the width must be 1 to {WINDOW}."
-            )
-        position, value, scale, window = (
-            self._arrays[f"{group}_{name}"][row] for name in ("position", "value", "scale", "window")
+    def _examples(self, group: str, feature: int, width: int, band: int | None = None) -> list[Example]:
+        if width < 1:
+            raise InputError(f"An example {width} tokens wide cannot be shown: the width must be at least 1.")
+        if width > WINDOW:
+            from features.wide import widened
+
+            run = self._of_a_run()
+            kept = self._examples(group, feature, WINDOW, band)
+            return widened(run, kept, feature, width, width * WINDOW_BEFORE // WINDOW)
+        record = self._record(feature)
+        position, scale, window = (
+            record[f"{group}_{name}"] if band is None else record[f"{group}_{name}"][band]
+            for name in ("position", "scale", "window")
         )
+        value = np.zeros_like(scale)
+        if group != "miss":
+            value = record[f"{group}_value"] if band is None else record[f"{group}_value"][band]
         return [
             self._example(
                 int(position[i]), float(value[i]), window[i] * (scale[i] / np.float32(QUANTA)), width
@@ -294,7 +478,7 @@ class FeatureIndex:
 
     def _example(self, position: int, value: float, window: np.ndarray, width: int) -> Example:
         """``window``: float32 [WINDOW], activations from ``position - WINDOW_BEFORE`` on."""
-        context = self._arrays["ids"].shape[1]
+        context = self._text["ids"].shape[1]
         block = position - position % context
         before = (width - 1) * WINDOW_BEFORE // (WINDOW - 1)
         start = max(position - before, block)
@@ -302,12 +486,12 @@ class FeatureIndex:
         padding = np.searchsorted(self._padding_starts, position)
         if padding < len(self._padding_starts):
             stop = min(stop, int(self._padding_starts[padding]))
-        run = np.searchsorted(self._arrays["run_start"], position, side="right") - 1
+        run = np.searchsorted(self._text["run_start"], position, side="right") - 1
         first = start - position + WINDOW_BEFORE
         activations = window[first : first + stop - start].astype(np.float32)
         activations[position - start] = value
         return Example(
-            document=self._documents[int(self._arrays["run_document"][run])],
+            document=self._documents[int(self._text["run_document"][run])],
             position=position,
             tokens=self.pieces(start, stop),
             activations=activations,

@@ -1,40 +1,32 @@
 """What lies in the folder of a feature index; read without torch and without the model.
 
-Every array is a flat ``.npy`` file that is memory-mapped, so that opening costs milliseconds however many
-features there are. An unused place has position or id -1. Positions are block · context_length + place in the
-block. A ``top_`` array is ``[d_sae, TOP_EXAMPLES]``, a ``range_`` array ``[d_sae, N_BANDS, PER_BAND]``.
+Two files hold what is known of each feature, one record per feature, so that a feature's page costs one read
+however many features there are:
 
-======================================  ==============================================================
-count                                   int64 [d_sae]: positions at which the feature fires
-mean, std, max                          float32 [d_sae]: of its activations, over firings
-histogram                               uint32 [d_sae, n_bins]: firings by activation
-histogram_edges                         float32 [n_bins + 1]: see :mod:`features.statistics`
-top_…                                   the strongest firings, at most one per document
-range_…                                 firings from each quantile band, the weakest band first
-  …position                             int32 (int64 where needed): where the example is
-  …value                                float32: its activation
-  …scale                                float32: the largest activation in its window
-  …window                               uint8 […, WINDOW]: activations around it, in scale / QUANTA
-token_id                                int32 [d_sae, TOP_TOKENS]: tokens with the largest Σ activation
-token_count, token_mean                 uint32, float32: firings at that token, and their mean activation
-vocabulary_count                        int64 [d_vocab]: how often each token stands where positions count
-promoted_id, suppressed_id              int32 [d_sae, LENS_TOKENS]: logit lens, highest and lowest
-promoted_logit, suppressed_logit        float32 (these four are absent where the logit lens means nothing)
-neighbour_id, neighbour_cosine          int32, float32 [d_sae, NEIGHBOURS]: nearest decoder rows
-ids                                     uint16 or int32 [n_blocks, context_length]: the text
-run_start, run_document                 int64, int32: runs of positions of one document; -1 is padding
-vocabulary, documents (and _offsets)    uint8, int64: see :class:`activations.strings.StringTable`
-======================================  ==============================================================
+* ``columns.npy``: COLUMNS, the numbers that are compared over all features;
+* ``features.npy``: :func:`feature_record`, everything else that its firings tell.
+
+What follows from the weights alone lies in a folder of its own (:mod:`features.weights`), and beside the records lies
+the text: ``ids`` ``[n_blocks, context_length]``; ``run_start`` and ``run_document``, runs of positions of one document
+(-1 is padding); ``vocabulary_count``, how often each token stands where positions count; ``vocabulary`` and
+``documents`` (and ``…_offsets``), see :class:`activations.strings.StringTable`.
+
+A position is block · context_length + place in the block; an unused place has position or id -1.
 """
 
+import numpy as np
+
 KIND = "feature index"
+LAYOUT = 3
+"""Grows when the files change; an index of another layout is built again."""
 
 TOP_EXAMPLES = 20
-N_BANDS = 5
-PER_BAND = 6
+N_BANDS = 10
+PER_BAND = 3
+NEAR_MISSES = 10
 TOP_TOKENS = 20
-LENS_TOKENS = 20
-NEIGHBOURS = 20
+NEXT_TOKENS = 10
+COACTIVE = 32
 
 WINDOW = 64
 """Positions around an example of which the activations are kept."""
@@ -43,14 +35,68 @@ WINDOW_BEFORE = 40
 QUANTA = 255
 """A window's activations are kept as one byte each, in units of the largest of them / QUANTA."""
 
-EXAMPLE_ARRAYS = ("position", "value", "scale", "window")
-LENS_ARRAYS = ("promoted_id", "promoted_logit", "suppressed_id", "suppressed_logit")
-ARRAYS = (
-    *("count", "mean", "std", "max", "histogram", "histogram_edges"),
-    *(f"top_{name}" for name in EXAMPLE_ARRAYS),
-    *(f"range_{name}" for name in EXAMPLE_ARRAYS),
-    *("token_id", "token_count", "token_mean", "vocabulary_count", "neighbour_id", "neighbour_cosine"),
-    *("ids", "run_start", "run_document"),
+BINS_PER_DECADE = 10
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -3, 5
+N_BINS = BINS_PER_DECADE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
+
+COLUMNS = np.dtype(
+    [
+        ("count", np.int64),  # positions at which the feature fires
+        ("mean", np.float32),  # of its activations, over firings
+        ("std", np.float32),
+        ("max", np.float32),
+        ("entropy", np.float32),  # bits, of the tokens it fires on
+        ("documents", np.int32),  # in which it fires
+        ("first_place", np.float32),  # mean over these of the place of its first firing there, in tokens
+        ("starts", np.int32),  # firings at the first position that counts of a block or document
+        # The next three whether training left those positions out or not; how many were left out says the fourth.
+        ("bos", np.int32),  # firings at the beginning-of-text token
+        ("special", np.int32),  # at any special token
+        ("outlier", np.int32),  # where the norm is far above the usual
+        ("left_out", np.int32),  # firings that count nowhere else
+        ("sampled", np.int32),  # firings among the positions that co-activation was counted on
+        ("tags", np.uint32),  # see features.tags
+    ]
+)
+
+COUNTED = "counted"
+"""An array of the text that is there where not every token counts: bool ``[n_blocks, context_length]``."""
+TEXT_ARRAYS = (
+    *("ids", "run_start", "run_document", "vocabulary_count"),
     *("vocabulary", "vocabulary_offsets", "documents", "documents_offsets"),
 )
-"""Arrays that every index has."""
+
+
+def feature_record(n_positions: int) -> np.dtype:
+    """The record of a feature, for a text of so many positions.
+
+    ``top_…`` are the strongest firings, at most one per document; ``range_…`` a fair sample of firings from each decile
+    of them by activation, the weakest first; ``miss_…`` positions of its tokens where it is silent. ``…_position`` is
+    where the example is, ``…_value`` its activation, ``…_window`` the activations around it in units of the window's
+    largest / QUANTA, ``…_scale`` that largest one.
+    """
+    place = np.int32 if n_positions < 1 << 31 else np.int64
+    bands = (N_BANDS, PER_BAND)
+    return np.dtype(
+        [
+            ("histogram", np.uint32, N_BINS),
+            ("token_id", np.int32, TOP_TOKENS),  # tokens with the largest Σ activation
+            ("token_count", np.uint32, TOP_TOKENS),
+            ("token_mean", np.float16, TOP_TOKENS),
+            ("next_id", np.int32, NEXT_TOKENS),  # tokens that follow its firings most often
+            ("next_count", np.uint32, NEXT_TOKENS),
+            ("coactive_id", np.int32, COACTIVE),  # features that fire at the same positions
+            ("coactive_count", np.uint16, COACTIVE),  # at so many of the sampled positions
+            ("top_position", place, TOP_EXAMPLES),
+            ("top_value", np.float32, TOP_EXAMPLES),
+            ("top_scale", np.float32, TOP_EXAMPLES),
+            ("top_window", np.uint8, (TOP_EXAMPLES, WINDOW)),
+            ("range_position", place, bands),
+            ("range_value", np.float32, bands),
+            ("range_scale", np.float32, bands),
+            ("range_window", np.uint8, (*bands, WINDOW)),
+            ("miss_position", place, NEAR_MISSES),
+            ("miss_scale", np.float32, NEAR_MISSES),
+            ("miss_window", np.uint8, (NEAR_MISSES, WINDOW)),
+        ]
+    )

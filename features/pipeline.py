@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from features.build import build_index
 from features.explain import label_features, label_inputs
 from features.index import FeatureIndex
 from features.labels import Labels
+from features.weights import WeightIndex, build_weights
 from sae.config import TrainConfig
 from sae.controls import REFERENCE_ROWS, reference_activations
 from sae.evaluate import Evaluation, evaluate
@@ -499,8 +501,25 @@ class Pipeline:
             self.train_blocks.first_tokens(self.sizes.index_tokens),
             self.run.index,
             activations=self._stored(),
+            weights_folder=self.run.weights,
             progress=self.progress,
         )
+
+    def score_index(self, sae: SparseAutoencoder) -> FeatureIndex:
+        """Build the feature index over the score split, which judges of labels take their cases from, or open it."""
+        blocks = self.tokens("score", self.sizes.score_tokens)
+        return build_index(
+            self.model,
+            sae,
+            blocks,
+            self.run.score_index,
+            weights_folder=self.run.weights,
+            progress=self.progress,
+        )
+
+    def weights(self, sae: SparseAutoencoder) -> WeightIndex:
+        """Work out what the weights alone tell, or open it; needs no text."""
+        return build_weights(self.model, sae, self.run.weights, progress=self.progress)
 
     def _stored(self) -> HookActivations | None:
         """The activations on disk, if they are there, whole, and of these tokens."""
@@ -516,23 +535,39 @@ class Pipeline:
     def label(self, sae: SparseAutoencoder, index: FeatureIndex) -> Labels:
         """Give every feature a first label, scored on the score split; people's labels stay.
 
-        Labels of another SAE that this folder held are kept beside, as ``labels-<its hash>.sqlite``.
+        Labels of another SAE that this folder held are kept beside, as ``labels-<its hash>.sqlite``, and come back with
+        their SAE.
         """
         blocks = self.tokens("score", self.sizes.score_tokens)
         self._retire_labels(sae)
-        labels = Labels.open(self.run.labels)
+        labels = Labels.open(self.run.labels, sae_hash=sae.hash)
         if labels.inputs != label_inputs(sae, index, blocks):
-            label_features(index, self.model, sae, blocks, labels, progress=self.progress)
+            label_features(
+                index,
+                self.model,
+                sae,
+                blocks,
+                labels,
+                activations=self._stored(),
+                progress=self.progress,
+            )
         return labels
 
     def _retire_labels(self, sae: SparseAutoencoder) -> None:
-        """Feature numbers mean nothing to another SAE: put its labels aside."""
-        described = Labels.open(self.run.labels).inputs
-        if described is not None and described["sae_hash"] != sae.hash:
-            for path in self.run.path.glob("labels.sqlite*"):
-                path.rename(
-                    path.with_name(path.name.replace("labels", f"labels-{described['sae_hash'][:8]}", 1))
-                )
+        """Feature numbers mean nothing to another SAE: put its labels aside, and bring back those of this one."""
+
+        def aside(sae_hash: str, number: int) -> Path:
+            return self.run.path / f"labels-{sae_hash[:8]}{f'-{number}' if number > 1 else ''}.sqlite"
+
+        labels = Labels.open(self.run.labels)
+        if labels.sae_hash is not None and labels.sae_hash != sae.hash:
+            names = (aside(labels.sae_hash, number) for number in count(1))
+            labels.move_to(next(path for path in names if not path.exists()))
+        if not self.run.labels.exists():
+            kept = takewhile(Path.exists, (aside(sae.hash, number) for number in count(1)))
+            ours = [each for each in map(Labels.open, kept) if each.sae_hash == sae.hash]
+            if ours:
+                ours[-1].move_to(self.run.labels)
 
     def drop_activations(self) -> None:
         """Delete the activations in the run folder: only another training would need them."""

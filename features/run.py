@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
     from activations.edits import Edit
     from activations.models import LanguageModel
+    from features.coactive import Coactive
     from features.index import Example, FeatureIndex, TokenStatistic
     from features.steering import Method, Unit
+    from features.tags import Tag
     from features.trace import Trace
+    from features.weights import WeightIndex
     from sae.model import SparseAutoencoder
 
 T = TypeVar("T")
@@ -118,7 +121,30 @@ class Run:
         Raises:
             InputError: it is missing or damaged, or belongs to another SAE.
         """
-        return self._once("index", self._open_index)
+        return self._once("index", lambda: self._open_index(self.folder.index))
+
+    @property
+    def score_index(self) -> "FeatureIndex":
+        """The feature index over the score split: cases that no explainer has seen.
+
+        Raises:
+            InputError: it is missing or damaged, or belongs to another SAE.
+        """
+        if not (self.folder.score_index / MANIFEST).is_file():
+            raise InputError(
+                f"{self.folder.path} has no index over the score split yet: sae label {self.folder.path} --score-only"
+                " makes it."
+            )
+        return self._once("score_index", lambda: self._open_index(self.folder.score_index))
+
+    @property
+    def weights(self) -> "WeightIndex":
+        """What the weights alone tell of the features; worked out the first time, which needs model and SAE.
+
+        Raises:
+            InputError: it cannot be worked out or written.
+        """
+        return self._once("weights", self._open_weights)
 
     @property
     def labels(self) -> Labels:
@@ -255,12 +281,8 @@ class Run:
         return sae.to(resolve_device(self._device))
 
     def _open_labels(self) -> Labels:
-        labels = Labels.open(self.folder.labels)
-        if labels.inputs is not None and self._sae_hash() not in (None, labels.inputs.get("sae_hash")):
-            raise InputError(
-                f"{self.folder.labels} holds labels of another SAE: run sae index {self.folder.path}."
-            )
-        return labels
+        sae = self._given_sae
+        return Labels.open(self.folder.labels, sae_hash=self._sae_hash() if sae is None else sae.hash)
 
     def _read_evaluation(self) -> dict[str, Any]:
         evaluation = dict(read_json(self.folder.evaluation))
@@ -275,10 +297,19 @@ class Run:
         manifest = self.folder.sae / MANIFEST
         return read_json(manifest).get("sae_hash") if manifest.is_file() else None
 
-    def _open_index(self) -> "FeatureIndex":
+    def _open_index(self, folder: Path) -> "FeatureIndex":
         from features.index import FeatureIndex
 
-        return FeatureIndex.open(self.folder.index, sae_hash=self._sae_hash())
+        return FeatureIndex.open(folder, sae_hash=self._sae_hash()).of_run(self)
+
+    def _open_weights(self) -> "WeightIndex":
+        from features.weights import WeightIndex, build_weights
+
+        if (self.folder.weights / MANIFEST).is_file():
+            found = WeightIndex.open(self.folder.weights)
+            if self._sae_hash() in (None, found.manifest["inputs"]["sae_hash"]):
+                return found
+        return build_weights(self.model, self.sae, self.folder.weights)
 
     def _sae_metadata(self) -> dict[str, Any]:
         from sae.formats.saelens import CONFIG
@@ -320,7 +351,7 @@ class Feature:
     @property
     def density(self) -> float:
         """On which share of the positions of the index it fired."""
-        return float(self.run.index.density[self.index])
+        return self.count / self.run.index.n_tokens
 
     @property
     def mean(self) -> float:
@@ -359,6 +390,25 @@ class Feature:
     def suppressed(self) -> list[tuple[str, int, float]]:
         """(text, id, logit) of the tokens that its direction makes least likely next, by the logit lens."""
         return self.run.index.suppressed(self.index)
+
+    @cached_property
+    def next_tokens(self) -> "list[TokenStatistic]":
+        """The tokens that follow its firings."""
+        return self.run.index.next_tokens(self.index)
+
+    @cached_property
+    def coactive(self) -> "list[Coactive]":
+        """The features that fire where it does."""
+        return self.run.index.coactive(self.index)
+
+    @cached_property
+    def tags(self) -> "list[Tag]":
+        """What rules say of it."""
+        return self.run.index.tags(self.index)
+
+    def near_misses(self, width: int = 64) -> "list[Example]":
+        """Where it is silent at a token of its own."""
+        return self.run.index.near_misses(self.index, width)
 
     @cached_property
     def neighbours(self) -> list[tuple[int, float]]:

@@ -1,169 +1,173 @@
-"""How well does a label predict when its feature fires? Measured on documents nobody made labels from.
+"""What a score by tokens means: a pattern predicts "fires" at every position of held-out documents.
 
-A label here is a predicate over the tokens around a position. For each feature, over all positions of the
-score split that the SAE's exclusion keeps::
+For each feature, over all positions of the score split that the SAE's exclusion keeps::
 
-    precision = share of the predicate's positions on which the feature fires
-    recall    = share of the feature's firings on which the predicate holds
+    precision = share of the pattern's positions on which the feature fires
+    recall    = share of the feature's firings at which the pattern holds
     F1        = 2 · precision · recall / (precision + recall)
 
-"Fires" means an activation above 0, however weak: what every other figure and picture of the toolkit calls
-firing. (Many published scores look only at the strongest activations, where every label does better.)
+"Fires" means an activation above 0, however weak: what every other figure and picture of the toolkit calls firing.
+(Many published scores look only at the strongest activations, where every label does better.) Beside it stands F1 for
+the *upper half* of firings: those above the feature's median activation on the train split are to be found, and
+predicted positions at which it fires more weakly count neither for nor against the pattern.
+
+A pattern of a feature that fires often can have a large F1 by chance. So the same is done with a *shuffled control*: as
+many firings at random positions, fitted, chosen and scored in the same way. A label counts only if it beats it.
 """
 
-from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 
 from activations.blocks import TokenBlocks
 from activations.models import LanguageModel
 from activations.progress import Progress, silent
-from features.firings import Firings, stream_firings
-from sae.model import SparseAutoencoder
+from features.aspects import Text
+from features.firing_table import FiringTable
+from features.firings import Encoder
+from features.labels import Score
+from features.patterns import Pattern
 
-Place = Literal["current", "previous", "next", "pair"]
-NO_KEY = -1
-"""The key of a position that has none: nothing is before the first token of a block, or after its last."""
-
-
-def position_keys(ids: np.ndarray, place: Place, vocab_size: int) -> np.ndarray:
-    """What a predicate looks at, as one number per position.
-
-    Args:
-        ids: token ids ``[n_blocks, context]``.
-        place: the token itself (``"current"``), the one before it, the one after it, or ``"pair"``: the one
-            before and the token itself, as ``previous · vocab_size + current``.
-
-    Returns:
-        int64 ``[n_blocks · context]``, :data:`NO_KEY` where there is no such token in the block.
-    """
-    ids = ids.astype(np.int64)
-    keys = np.full_like(ids, NO_KEY)
-    if place == "current":
-        keys[:] = ids
-    elif place == "next":
-        keys[:, :-1] = ids[:, 1:]
-    elif place == "previous":
-        keys[:, 1:] = ids[:, :-1]
-    else:
-        keys[:, 1:] = ids[:, :-1] * vocab_size + ids[:, 1:]
-    return keys.reshape(-1)
-
-
-@dataclass(frozen=True)
-class Predicates:
-    """One predicate per feature, all about the same place: "its key is one of this feature's".
-
-    Attributes:
-        place: what the predicates look at, see :func:`position_keys`.
-        features, keys: int64 ``[m]``, the sets as (feature, key) pairs, no pair twice; a feature without
-            pairs has a predicate that never holds.
-    """
-
-    place: Place
-    features: np.ndarray
-    keys: np.ndarray
+COUNTS_ABOVE = 0.5
+"""F1 from which on a label counts as an explanation."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What precision and recall are made of.
+    """What precision and recall of one pattern for each feature are made of; int64 ``[d_sae]`` each.
 
     Attributes:
-        hits: int64 ``[n_predicates, d_sae]``, positions where the predicate holds and the feature fires.
-        predicted: int64 ``[n_predicates, d_sae]``, positions where the predicate holds.
-        fired: int64 ``[d_sae]``, positions where the feature fires.
-        n_positions: all positions.
+        predicted: positions at which the pattern holds.
+        fired, hits: firings; those at which the pattern holds.
+        fired_upper, hits_upper: the same of firings above the median activation.
+        n_positions: all positions that count.
     """
 
-    hits: np.ndarray
     predicted: np.ndarray
     fired: np.ndarray
+    hits: np.ndarray
+    fired_upper: np.ndarray
+    hits_upper: np.ndarray
     n_positions: int
 
-    @property
+    @classmethod
+    def of(cls, firings: FiringTable, hit: np.ndarray, predicted: np.ndarray, median: np.ndarray) -> "Counts":
+        """Count.
+
+        Args:
+            hit: bool ``[m]``, whether the pattern of the feature holds at each firing. predicted: int64 ``[d_sae]``.
+            median: ``[d_sae]``, activations above which a firing is in the upper half.
+        """
+        upper = firings.value > median[firings.feature]
+
+        def count(chosen: np.ndarray) -> np.ndarray:
+            return np.bincount(firings.feature[chosen], minlength=firings.d_sae)
+
+        return cls(predicted, firings.count, count(hit), count(upper), count(hit & upper), len(firings.kept))
+
+    @cached_property
     def precision(self) -> np.ndarray:
-        """float64 ``[n_predicates, d_sae]``, nan where the predicate holds nowhere."""
+        """float64 ``[d_sae]``, nan where the pattern holds nowhere."""
         return _ratio(self.hits, self.predicted)
 
-    @property
+    @cached_property
     def recall(self) -> np.ndarray:
-        """float64 ``[n_predicates, d_sae]``, nan where the feature never fires."""
+        """float64 ``[d_sae]``, nan where the feature never fires."""
         return _ratio(self.hits, self.fired)
 
-    @property
+    @cached_property
     def f1(self) -> np.ndarray:
-        """float64 ``[n_predicates, d_sae]``, nan where the feature never fires and none is predicted to."""
+        """float64 ``[d_sae]``, nan where the feature never fires and is not predicted to."""
         return _ratio(2 * self.hits, self.predicted + self.fired)
+
+    @cached_property
+    def upper(self) -> np.ndarray:
+        """float64 ``[d_sae]``, F1 for the upper half of firings; nan where there are none and none is predicted."""
+        weak_hits = self.hits - self.hits_upper
+        return _ratio(2 * self.hits_upper, self.predicted - weak_hits + self.fired_upper)
+
+    @cached_property
+    def f1_interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 ``[d_sae]`` each, the 95% interval of F1.
+
+        F1 = 2·J / (1 + J), where J = hits / (positions at which the feature fires or is predicted to) is a share and
+        has Wilson's interval. It takes positions for independent, which those of one document are not.
+        """
+        low, high = wilson(self.hits, self.predicted + self.fired - self.hits)
+        return 2 * low / (1 + low), 2 * high / (1 + high)
+
+    def score(self, feature: int, control: float | None = None) -> Score | None:
+        """The score of a feature's pattern; None where the feature does not fire, so that nothing can be found."""
+        if not self.fired[feature]:
+            return None
+
+        def figure(values: np.ndarray) -> float | None:
+            return None if np.isnan(values[feature]) else float(values[feature])
+
+        return Score(
+            "tokens",
+            float(self.f1[feature]),
+            int(self.fired[feature]),
+            low=figure(self.f1_interval[0]),
+            high=figure(self.f1_interval[1]),
+            precision=figure(self.precision),
+            recall=figure(self.recall),
+            upper=figure(self.upper),
+            control=control,
+        )
+
+
+def score_pattern(
+    model: LanguageModel,
+    sae: Encoder,
+    blocks: TokenBlocks,
+    feature: int,
+    pattern: Pattern,
+    *,
+    median: float,
+    control: float | None = None,
+    progress: Progress = silent,
+) -> Score:
+    """Score a pattern that somebody attached to a feature, on ``blocks`` (the score split).
+
+    Args:
+        median: of the feature's activation: ``index.quantile(feature, 0.5)`` of the train index.
+        control: F1 of the feature's shuffled control, as its automatic label has it.
+
+    Returns:
+        its score; 0 with n = 0 if the feature does not fire on ``blocks``. ``low`` and ``high`` are those of
+        :attr:`Counts.f1_interval`.
+    """
+    all_firings = FiringTable.of(model, sae, blocks, task="score pattern", progress=progress)
+    firings = all_firings.only(all_firings.feature == feature)
+    text = Text.of_blocks([blocks], model.tokenizer.vocabulary(), model.tokenizer.special_ids)
+    holds = pattern.holds(text)
+    predicted = np.where(np.arange(firings.d_sae) == feature, holds[firings.kept].sum(), 0)
+    counts = Counts.of(firings, holds[firings.position], predicted, np.full(firings.d_sae, median))
+    score = counts.score(feature, control)
+    return Score("tokens", 0.0, 0, control=control) if score is None else score
+
+
+def counts(score: Score | None, threshold: float = COUNTS_ABOVE) -> bool:
+    """Whether a score makes a label count as an explanation: it reaches the threshold and beats its control."""
+    return score is not None and score.value >= threshold and score.value > (score.control or 0.0)
+
+
+def wilson(successes: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95% interval of a share (Wilson 1927): the shares of a population that make ``successes`` of n likely.
+
+    Returns:
+        lower and upper bound, float64 of the same shape; 0 and 1 for n = 0.
+    """
+    z2 = 1.959964**2
+    tried = np.maximum(n, 1)
+    share = np.where(n > 0, successes / tried, 0.5)
+    middle = share + z2 / (2 * tried)
+    half = np.sqrt(z2 * (share * (1 - share) / tried + z2 / (4 * tried**2)))
+    bounds = (middle - half) / (1 + z2 / tried), (middle + half) / (1 + z2 / tried)
+    return np.where(n > 0, bounds[0].clip(0), 0.0), np.where(n > 0, bounds[1].clip(max=1), 1.0)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    whole = np.broadcast_to(whole, part.shape)
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
-
-
-def count_predictions(
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    blocks: TokenBlocks,
-    predicates: Sequence[Predicates],
-    *,
-    progress: Progress = silent,
-) -> Counts:
-    """Compare predicates with firings over all of ``blocks``, in one pass over all features at once."""
-    counters = [_Counter(p, blocks.ids, sae.d_sae, model.tokenizer.vocab_size) for p in predicates]
-    fired = np.zeros(sae.d_sae, dtype=np.int64)
-    n_positions = 0
-    stream = stream_firings(model, sae, blocks)
-    with progress("score labels", total=blocks.ids.size, unit="tokens") as step, closing(stream):
-        for firings, n_blocks in stream:
-            fired += np.bincount(firings.feature, minlength=sae.d_sae)
-            n_positions += len(firings.kept)
-            for counter in counters:
-                counter.add(firings)
-            step(n_blocks * blocks.context_length)
-    hits = np.array([counter.hits for counter in counters])
-    return Counts(hits, np.array([counter.predicted() for counter in counters]), fired, n_positions)
-
-
-class _Counter:
-    """Counts for one :class:`Predicates`.
-
-    Keys are renumbered 0 … n − 1 among those that any feature's predicate names, and the pairs become the
-    sorted numbers ``feature · n + key``, so that "is this firing predicted?" is one binary search.
-    """
-
-    def __init__(self, predicates: Predicates, ids: np.ndarray, d_sae: int, vocab_size: int) -> None:
-        self.d_sae = d_sae
-        self.known, self.number = np.unique(predicates.keys, return_inverse=True)
-        self.features = predicates.features
-        self.pairs = np.sort(self.features * len(self.known) + self.number)
-        self.number_at = find(self.known, position_keys(ids, predicates.place, vocab_size))
-        self.positions_of_key = np.zeros(len(self.known), dtype=np.int64)
-        self.hits = np.zeros(d_sae, dtype=np.int64)
-
-    def add(self, firings: Firings) -> None:
-        number = self.number_at[firings.kept]
-        self.positions_of_key += np.bincount(number[number >= 0], minlength=len(self.known))
-        number = self.number_at[firings.position]
-        named = number >= 0
-        feature = firings.feature[named]
-        predicted = find(self.pairs, feature * len(self.known) + number[named]) >= 0
-        self.hits += np.bincount(feature[predicted], minlength=self.d_sae)
-
-    def predicted(self) -> np.ndarray:
-        """Positions where each feature's predicate holds, ``[d_sae]``; its keys exclude each other."""
-        out = np.zeros(self.d_sae, dtype=np.int64)
-        np.add.at(out, self.features, self.positions_of_key[self.number])
-        return out
-
-
-def find(table: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Where each value stands in a sorted table of distinct numbers, −1 if it does not: int64."""
-    if not len(table):
-        return np.full(len(values), -1)
-    place = np.searchsorted(table, values).clip(max=len(table) - 1)
-    return np.where(table[place] == values, place, -1)

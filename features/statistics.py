@@ -4,13 +4,15 @@ The histogram has fixed, log-spaced edges (ten bins to each factor of ten), so t
 means the same for every feature and every corpus, and gives quantiles to within a bin.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from features.groups import group_starts
+from features.layout import HIGHEST_EXPONENT, LOWEST_EXPONENT, N_BINS
 
-BINS_PER_DECADE = 10
-LOWEST_EXPONENT, HIGHEST_EXPONENT = -3, 5
-N_BINS = BINS_PER_DECADE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
+if TYPE_CHECKING:
+    from features.firings import Firings
+
 HISTOGRAM_EDGES = np.logspace(LOWEST_EXPONENT, HIGHEST_EXPONENT, N_BINS + 1).astype(np.float32)
 """float32 ``[N_BINS + 1]``, 0.001 to 100,000: wider than the activations of any model we know. Bin i holds
 ``edges[i] <= a < edges[i + 1]``; what lies outside is counted in the first or last bin."""
@@ -18,12 +20,22 @@ HISTOGRAM_EDGES = np.logspace(LOWEST_EXPONENT, HIGHEST_EXPONENT, N_BINS + 1).ast
 
 def histogram_bin(value: np.ndarray) -> np.ndarray:
     """The bin of each activation: int64 of the shape of ``value``, which is float32 and positive."""
-    guess = (np.log(value) - np.log(HISTOGRAM_EDGES[0])) * (BINS_PER_DECADE / np.log(10))
-    bins = guess.clip(0, N_BINS - 1).astype(np.int64)
-    # The logarithm is rounded, so beside an edge it may be one bin off; the edges decide.
-    bins += (value >= HISTOGRAM_EDGES[bins + 1]) & (bins < N_BINS - 1)
-    bins -= (value < HISTOGRAM_EDGES[bins]) & (bins > 0)
+    # The upper half of a float's bits tells the bin, or the one before: numbers that share it are less than 1% apart.
+    bins = _BIN_OF_UPPER_BITS.take(value.view(np.uint32) >> 16)
+    bins += value >= _UPPER_EDGES.take(bins)
     return bins
+
+
+def _bins_of_upper_bits() -> np.ndarray:
+    smallest = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    bins = np.searchsorted(HISTOGRAM_EDGES, smallest, side="right") - 1
+    bins[~(smallest >= 0)] = 0  # negative numbers, and what is none
+    return bins.clip(0, N_BINS - 1)
+
+
+_BIN_OF_UPPER_BITS = _bins_of_upper_bits()
+_UPPER_EDGES = np.append(HISTOGRAM_EDGES[1:-1], np.float32(np.nan))
+"""Above which a number is in the next bin; the last bin has no end."""
 
 
 def histogram_quantile(counts: np.ndarray, edges: np.ndarray, maximum: float, q: float) -> float:
@@ -67,20 +79,27 @@ class ActivationStatistics:
         self.max = np.zeros(d_sae, dtype=np.float32)
         self.histogram = np.zeros((d_sae, N_BINS), dtype=np.int64)
 
-    def add(self, feature: np.ndarray, value: np.ndarray) -> None:
-        """Count firings: int64 ``[m]``, sorted, and float32 ``[m]``."""
-        if not len(feature):
+    def add(self, firings: "Firings") -> None:
+        """Count firings."""
+        if not len(firings.feature):
             return
-        self.count += np.bincount(feature, minlength=len(self.count))
+        firing, starts = firings.groups
+        self.count[firing] += np.diff(starts, append=len(firings.feature))
         # add.at adds one by one in the order of the text, so the sums do not depend on how the text was cut.
-        exact = value.astype(np.float64)
-        np.add.at(self.total, feature, exact)
-        np.add.at(self.squares, feature, exact * exact)
-        starts = group_starts(feature)
-        firing = feature[starts]
-        self.max[firing] = np.maximum(self.max[firing], np.maximum.reduceat(value, starts))
-        cells = np.bincount(feature * N_BINS + histogram_bin(value), minlength=self.histogram.size)
-        self.histogram += cells.reshape(self.histogram.shape)
+        exact = firings.value.astype(np.float64)
+        np.add.at(self.total, firings.feature, exact)
+        exact *= exact
+        np.add.at(self.squares, firings.feature, exact)
+        self.max[firing] = np.maximum(self.max[firing], np.maximum.reduceat(firings.value, starts))
+        cell = firings.feature * N_BINS
+        cell += histogram_bin(firings.value)
+        self.histogram += np.bincount(cell, minlength=self.histogram.size).reshape(self.histogram.shape)
+
+    def merge(self, other: "ActivationStatistics") -> None:
+        """Add what another process counted."""
+        for name in ("count", "total", "squares", "histogram"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.max = np.maximum(self.max, other.max)
 
     @property
     def mean(self) -> np.ndarray:

@@ -7,7 +7,8 @@ A run folder is readable without the toolkit::
     sae/                  cfg.json + sae_weights.safetensors
     checkpoints/          training state of an unfinished run
     evaluation.json       metrics on the test split
-    features/train/       the feature index
+    features/train/       the feature index; features/score/ the same over the score split, features/weights/ what
+                          the weights alone tell
     labels.sqlite         labels and notes, the only file that people edit
 """
 
@@ -66,6 +67,16 @@ class RunFolder:
     def index(self) -> Path:
         """The folder of the feature index over the train split."""
         return self.path / "features" / "train"
+
+    @property
+    def score_index(self) -> Path:
+        """The folder of the feature index over the score split, which labels are judged on."""
+        return self.path / "features" / "score"
+
+    @property
+    def weights(self) -> Path:
+        """The folder of what the weights alone tell of the features."""
+        return self.path / "features" / "weights"
 
     @property
     def labels(self) -> Path:

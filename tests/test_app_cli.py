@@ -219,8 +219,8 @@ def test_bad_settings_get_one_sentence_and_leave_no_trace(tmp_path: Path, sae: C
         == "sae info takes the folder of a run, a store or an SAE, or --model NAME, one of the two."
     )
     assert sae.refused("teach") == (
-        "sae has no verb 'teach': it knows demo, capture, store, train, sweep, evaluate, index, steer, explore,"
-        " convert, push, info."
+        "sae has no verb 'teach': it knows demo, capture, store, train, sweep, evaluate, index, label, search, export,"
+        " steer, explore, convert, push, info."
     )
     assert tree(tmp_path) == before
 

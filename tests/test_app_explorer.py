@@ -2,6 +2,7 @@
 
 import html
 import http.client
+import json
 import os
 import re
 import signal
@@ -28,11 +29,13 @@ from activations.models import LanguageModel
 from app import launch
 from app.explorer.explorer_charts import activation_histogram, feature_scatter, plot_text
 from app.explorer.explorer_links import address, link, pick
-from app.explorer.explorer_style import number, percent, track_html
-from app.explorer.tokens_html import chip, escape_markdown, tokens_html, visible
+from app.explorer.explorer_state import best_labelled
+from app.explorer.explorer_style import escape_markdown, track_html
 from features.build import build_index
-from features.labels import Label, Labels
+from features.html_pieces import number, percent
+from features.labels import Label, Labels, Score
 from features.run import Run, open_run
+from features.tokens_html import chip, tokens_html, visible
 from sae.architectures.base import Weights
 from sae.config import SAEConfig, TrainConfig
 from sae.model import SparseAutoencoder
@@ -42,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 HOOK = "blocks.3.hook_resid_post"
 D_SAE, K = 64, 4
 SILENT = 7
+SCORE = Score("tokens", 0.5, 12, precision=0.25, recall=1.0)
 HOSTILE = "<b>bold</b> **stars** :red[x] $x^2$ <img src=x onerror=alert(1)>"
 
 
@@ -71,7 +75,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = Labels.open(folder.labels)
     labels.put_automatic(
         [
-            Label(f, f"fires on ‹{f}›", "automatic", "on", 0.5, 0.25, 1.0, 12)
+            Label(f, f"fires on ‹{f}›", "automatic", method="on", scores=(SCORE,))
             for f in range(D_SAE)
             if f != SILENT
         ]
@@ -146,6 +150,7 @@ def test_passages_keep_the_text_exactly() -> None:
     tokens = ["def", " f", "(x", "):", "\n", "    ", "return", " ü", "", "\t#"]
     assert text_of(tokens_html(tokens, [0.0] * len(tokens), 1.0)) == "".join(tokens)
     # What fires shows a sign where a colour on white space could not be seen.
+    assert tokens_html(["\n"], [1.0], 1.0).endswith("⏎</span>\n</div>")  # no stub of colour on the next line
     assert text_of(tokens_html(["\n"], [1.0], 1.0)) == "⏎\n"
     assert text_of(tokens_html([""], [1.0], 1.0)) == "‥"
     assert text_of(tokens_html(["\n" + " " * 12], [1.0], 1.0, one_line=True)) == "⏎␣×12"
@@ -236,7 +241,11 @@ def test_overview_lists_all_features_and_searches(page: Callable[..., AppTest], 
     assert frame.set_index("feature")["max"][5] == pytest.approx(run.feature(5).max)
     assert frame.set_index("feature")["label"][3] == HOSTILE
     found = page("overview", q="‹12›").dataframe[0].value
-    assert list(found["feature"]) == [12]
+    assert 12 in list(found["feature"])
+    assert len(found) < D_SAE
+    with_token = {f for f in range(D_SAE) if "12" in "".join(t.token for t in run.index.top_tokens(f))}
+    assert set(found["feature"]) <= with_token | {12}
+    assert "regular expression" in page("overview", q="/(/").error[0].value
     assert 12 in list(page("overview", q="12").dataframe[0].value["feature"])
 
 
@@ -270,6 +279,22 @@ def test_labels_are_shown_literally(page: Callable[..., AppTest]) -> None:
     assert not page("feature", feature="3").markdown
 
 
+def test_a_label_of_a_language_model_is_shown_with_its_own_scores(
+    page: Callable[..., AppTest], run_folder: Path
+) -> None:
+    labels = Labels.open(run_folder / "labels.sqlite")
+    score = Score("detection", 0.85, 40, 0.71, 0.92, control=0.5, judge="a judge")
+    labels.add(
+        [Label(12, "twelve", "llm", "a model", "explainer", scores=(score,)), Label(13, "x", "import")]
+    )
+    seen = text_of(shown(page("feature", feature="12")))
+    assert "A language model's label, a model, explainer" in seen
+    assert "detection 0.85 [0.71, 0.92]control 0.50n 40" in seen
+    assert "Automatic: fires on ‹12› F1 0.50" in seen
+    assert "An imported label, 20" in text_of(shown(page("feature", feature="13")))
+    assert "not scored" in text_of(shown(page("feature", feature="13")))
+
+
 def test_a_label_given_on_the_page_is_saved_and_taken_away(
     page: Callable[..., AppTest], run_folder: Path
 ) -> None:
@@ -286,6 +311,61 @@ def test_a_label_given_on_the_page_is_saved_and_taken_away(
     assert found is not None
     assert (found.text, found.source) == ("fires on ‹9›", "automatic")
     labels.set(9, "", note="")
+
+
+def test_a_pattern_given_on_the_page_is_scored_at_once(
+    page: Callable[..., AppTest], run_folder: Path
+) -> None:
+    run = open_run(run_folder)
+    labels = run.labels
+    test = page("feature", feature="10")
+    test.text_input(key="pattern of 10").set_value("/./").run()
+    assert labels.all("person").get(10) is None  # a pattern alone is no label
+    test.text_input(key="label of 10").set_value("anything").run()
+    assert not test.exception
+    score = labels.all("person")[10].score
+    assert score is not None
+    assert (score.kind, score.control) == ("tokens", SCORE.control)
+    assert score.recall is not None
+    assert score.recall > 0.9  # all but line ends
+    assert f"F1 {score.value:.2f}" in text_of(shown(test))
+    again = page("feature", feature="10")
+    assert again.text_input(key="pattern of 10").value == "/./"
+    test.text_input(key="pattern of 10").set_value("/(/").run()
+    assert labels.all("person")[10].score == score  # no pattern, no news
+    test.text_input(key="pattern of 10").set_value("").run()
+    assert labels.all("person")[10].pattern == ""
+    assert "not scored" in text_of(shown(test))
+    test.text_input(key="pattern of 10").set_value("␣import").run()
+    assert labels.all("person")[10].pattern == '{"any_of": [{"token": [" import"]}]}'
+    test.text_input(key="label of 10").set_value("").run()
+    assert labels.all("person").get(10) is None
+    assert test.text_input(key="pattern of 10").value == ""
+
+
+def test_the_overview_shows_scores_of_every_kind(page: Callable[..., AppTest], run_folder: Path) -> None:
+    labels = Labels.open(run_folder / "labels.sqlite")
+    labels.add(
+        [
+            Label(20, "twenty", "llm", scores=(Score("detection", 0.95, 40, control=0.5),)),
+            Label(21, "chance", "llm", scores=(Score("fuzzing", 0.5, 40),)),
+            Label(22, "untested", "llm"),
+        ]
+    )
+    test = page("overview")
+    frame = test.dataframe[0].value
+    rows = frame.set_index("feature")
+    assert rows.loc[20, ["score", "measure"]].tolist() == [0.95, "detection"]
+    assert rows.loc[21, ["score", "measure"]].tolist() == [0.5, "fuzzing"]
+    assert rows.loc[30, ["score", "measure"]].tolist() == [0.5, "F1"]
+    assert rows["measure"][22] == "not scored"
+    assert rows["measure"][SILENT] == ""
+    order = frame["feature"].tolist()
+    assert order.index(20) < order.index(30) < order.index(21) < order.index(22)
+    chart = json.loads(test.get("plotly_chart")[0].proto.spec)
+    hover = [text for trace in chart["data"] for text in trace["text"]]
+    assert {"twenty · detection 0.95", "untested · not scored"} <= set(hover)
+    assert best_labelled(open_run(run_folder)) == 20
 
 
 def test_a_silent_feature_has_a_page(page: Callable[..., AppTest]) -> None:

@@ -1,6 +1,7 @@
-"""Automatic labels: proposed from one split, judged on another, counted exactly."""
+"""Automatic labels: fitted on one split, scored on another, counted exactly, beside a shuffled control."""
 
 from collections.abc import Iterator
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ from torch import Tensor
 
 from activations.blocks import TokenBlocks
 from activations.models import LanguageModel
+from features import chains
+from features.aspects import Text
 from features.build import build_index
-from features.explain import MAX_TOKENS, label_features, propose, visible
+from features.chains import Keys, count_hits, describe
+from features.explain import Evidence, explain, gather, label_features, label_inputs, make_labels
+from features.firing_table import FiringTable
 from features.index import FeatureIndex
-from features.labels import Label, Labels
-from features.score import NO_KEY, Counts, Predicates, count_predictions, position_keys
+from features.labels import Labels, Score
+from features.patterns import Pattern
+from features.score import Counts, counts, score_pattern, wilson
+from features.wording import visible
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.model import SparseAutoencoder
@@ -85,61 +92,183 @@ def firing(model: LanguageModel, sae: SparseAutoencoder, blocks: TokenBlocks) ->
     return torch.cat(rows), np.concatenate(kept)
 
 
-def test_keys_say_what_stands_around_a_position() -> None:
-    ids = np.array([[5, 6, 7], [8, 9, 9]], dtype=np.uint16)
-    assert position_keys(ids, "current", 100).tolist() == [5, 6, 7, 8, 9, 9]
-    assert position_keys(ids, "previous", 100).tolist() == [NO_KEY, 5, 6, NO_KEY, 8, 9]
-    assert position_keys(ids, "next", 100).tolist() == [6, 7, NO_KEY, 9, 9, NO_KEY]
-    assert position_keys(ids, "pair", 100).tolist() == [NO_KEY, 506, 607, NO_KEY, 809, 909]
+def table(fires: np.ndarray, kept: np.ndarray, value: np.ndarray | None = None) -> FiringTable:
+    """The firings of a dense bool ``[n, d_sae]``."""
+    position, feature = np.nonzero(fires & kept[:, None])
+    order = np.lexsort((position, feature))
+    value = np.ones(fires.shape, np.float32) if value is None else value.astype(np.float32)
+    return FiringTable(
+        feature[order].astype(np.int32),
+        position[order],
+        value[position, feature][order],
+        np.flatnonzero(kept),
+        fires.shape[1],
+    )
 
 
-def test_counts_equal_looking_at_every_position_and_feature(
-    model: LanguageModel, sae: SparseAutoencoder
+def random_text(seed: int, n: int = 400, tokens: int = 4, blocks: int = 8) -> Text:
+    rng = np.random.default_rng(seed)
+    block = np.repeat(np.arange(blocks, dtype=np.int32), n // blocks)
+    return Text(rng.integers(0, tokens, n).astype(np.int32), block, block, [*"abcdefgh"[:tokens]])
+
+
+@pytest.mark.parametrize("chunk", [50, 1 << 20])
+def test_a_table_holds_the_firings_of_every_feature(
+    model: LanguageModel, sae: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
+    monkeypatch.setattr("features.firings.CHUNK_FIRINGS", chunk)
+    monkeypatch.setattr("features.firings.FIRINGS_PER_FEATURE", 1)
     blocks = text(seed=2)
-    rng = np.random.default_rng(0)
-    tokens = [A, B, C, 40, 41]
-    predicates = []
-    for place in ("current", "previous", "next", "pair"):
-        choices = [a * VOCABULARY + b for a in tokens for b in tokens] if place == "pair" else tokens
-        pairs = [(f, key) for f in range(D_SAE) for key in choices if rng.random() < 0.4 and f != 3]
-        predicates.append(Predicates(place, np.array([f for f, _ in pairs]), np.array([k for _, k in pairs])))
-    nothing = np.zeros(0, dtype=np.int64)
-    predicates.append(Predicates("current", nothing, nothing))
-
-    counts = count_predictions(model, sae, blocks, predicates)
-
+    found = FiringTable.of(model, sae, blocks)
     fires, kept = firing(model, sae, blocks)
-    context = blocks.context_length
-    ids = blocks.ids.reshape(-1).astype(int)
-    for number, predicate in enumerate(predicates):
-        sets = {f: set(predicate.keys[predicate.features == f].tolist()) for f in range(D_SAE)}
-        hits, predicted = np.zeros(D_SAE, int), np.zeros(D_SAE, int)
-        for position in np.flatnonzero(kept):
-            before = ids[position - 1] if position % context else None
-            after = ids[position + 1] if position % context < context - 1 else None
-            key = {
-                "current": ids[position],
-                "previous": before,
-                "next": after,
-                "pair": None if before is None else before * VOCABULARY + ids[position],
-            }[predicate.place]
-            for feature in range(D_SAE):
-                holds = key is not None and int(key) in sets[feature]
-                predicted[feature] += holds
-                hits[feature] += holds and bool(fires[position, feature])
-        assert counts.hits[number].tolist() == hits.tolist()
-        assert counts.predicted[number].tolist() == predicted.tolist()
-    assert counts.fired.tolist() == fires[kept].sum(0).tolist()
-    assert counts.n_positions == kept.sum()
+    expected = table(fires.numpy(), kept)
+    for name in ("feature", "position", "kept"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    medians = found.medians()
+    for feature in range(D_SAE):
+        own = found.value[found.feature == feature]
+        assert (len(own) == 0 and np.isnan(medians[feature])) or medians[feature] == pytest.approx(
+            np.median(own)
+        )
 
 
-def test_precision_recall_and_f1_are_what_they_are_called() -> None:
-    counts = Counts(np.array([[6, 0]]), np.array([[8, 0]]), np.array([12, 0]), 100)
-    assert counts.precision[0, 0] == 6 / 8
-    assert counts.recall[0, 0] == 6 / 12
-    assert counts.f1[0, 0] == pytest.approx(2 / (8 / 6 + 12 / 6))
-    assert np.isnan([counts.precision[0, 1], counts.recall[0, 1], counts.f1[0, 1]]).all()
+@pytest.mark.parametrize("at_once", [100, 1 << 20])
+def test_the_control_fires_as_often_at_positions_that_count(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("features.firing_table._AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    fires = rng.random((300, 4)) < np.array([0.01, 0.3, 0.95, 1.0])
+    own = table(fires, kept=rng.random(300) < 0.8, value=rng.random((300, 4)))
+    control = own.shuffled(seed=3)
+    assert control.count.tolist() == own.count.tolist()
+    assert set(control.position) <= set(own.kept)
+    pairs = list(zip(control.feature.tolist(), control.position.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    assert pairs == sorted(pairs)
+    assert control.position.tolist() == own.shuffled(seed=3).position.tolist()
+    assert control.position.tolist() != own.position.tolist()
+
+
+def test_thinning_keeps_some_of_each_feature() -> None:
+    own = table(np.random.default_rng(0).random((200, 3)) < [0.02, 0.2, 0.9], np.ones(200, bool))
+    thinned = own.thinned(10)
+    assert thinned.count.tolist() == np.minimum(own.count, 10).tolist()
+    kept = set(zip(own.feature.tolist(), own.position.tolist(), strict=True))
+    assert set(zip(thinned.feature.tolist(), thinned.position.tolist(), strict=True)) <= kept
+    assert (np.diff(thinned.feature) >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_best_antichain_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all antichains of a small trie, where aspects cost nothing and everything is refined."""
+    monkeypatch.setattr(chains, "ASPECT_COST", 0.0)
+    monkeypatch.setattr(chains, "REFINED_BELOW", 1.1)
+    monkeypatch.setattr(chains, "_ROUNDS", 20)
+    rng = np.random.default_rng(seed)
+    where = random_text(seed, tokens=2)
+    keys = Keys.of(where, ("token", "before"))
+    # Fires mostly after one token and on the other, so that nodes of both levels are worth taking.
+    clean = (where.tokens == 0) | (where.numbers("before") == 1)
+    fires = (rng.random(400) < np.where(clean, 0.8, 0.05))[:, None]
+    kept = np.ones(400, dtype=bool)
+    own = table(fires, kept)
+    nodes = describe(keys, own, np.ones(1))
+
+    places = [(0, key) for key in range(2)] + [(1, key) for key in range(len(keys.parent[1]))]
+
+    def value(chosen: tuple[tuple[int, int], ...], price: float) -> float:
+        """Of an antichain: what the search maximises; one firing for every aspect."""
+        holds = np.zeros(400, dtype=bool)
+        for level, key in chosen:
+            holds |= keys.at[level] == key
+        return float(
+            (fires[:, 0] & holds).sum() - price * holds.sum() - sum(1 + level for level, _ in chosen)
+        )
+
+    def is_antichain(chosen: tuple[tuple[int, int], ...]) -> bool:
+        return not any((0, keys.parent[1][key]) in chosen for level, key in chosen if level == 1)
+
+    subsets = chain.from_iterable(combinations(places, n) for n in range(1, len(places) + 1))
+    antichains = [subset for subset in subsets if is_antichain(subset)]
+    mine = tuple(zip(nodes.level.tolist(), nodes.key.tolist(), strict=True))
+    hit, predicted = count_hits(keys, nodes, own)
+    price = hit.sum() / (predicted[0] + fires.sum())
+    assert is_antichain(mine)
+    assert value(mine, price) >= max(value(subset, price) for subset in antichains) - 1e-9
+
+
+def test_counting_equals_looking_at_every_position() -> None:
+    rng = np.random.default_rng(1)
+    where = random_text(1, tokens=4)
+    kept = rng.random(400) < 0.9
+    fires = rng.random((400, 5)) < 0.2
+    fires[:, 0] |= where.tokens == 1
+    fires[:, 1] |= (where.tokens == 2) & (where.numbers("before") == 3)
+    own = table(fires, kept)
+    keys = Keys.of(where, ("token", "before", "before2"))
+    nodes = describe(keys, own, np.ones(5))
+    hit, predicted = count_hits(keys, nodes, own)
+    assert len(set(nodes.feature.tolist())) == 5
+    assert np.bincount(nodes.feature).max() <= chains.MAX_NODES
+    for feature in range(5):
+        holds = np.zeros(400, dtype=bool)
+        for n in np.flatnonzero(nodes.feature == feature):
+            holds |= keys.at[nodes.level[n]] == nodes.key[n]
+        assert predicted[feature] == (holds & kept).sum()
+        mine = own.feature == feature
+        assert hit[mine].tolist() == holds[own.position[mine]].tolist()
+
+
+def test_figures_are_what_they_are_called() -> None:
+    """Against sets: firings, predictions, and the upper half without the weak firings."""
+    rng = np.random.default_rng(5)
+    fires, value = rng.random((200, 6)) < 0.3, rng.random((200, 6))
+    fires[:, 5] = False
+    kept = rng.random(200) < 0.9
+    predicts = rng.random((200, 6)) < 0.4
+    predicts[:, 4] = False
+    own = table(fires, kept, value)
+    median = own.medians()
+    hit = predicts[own.position, own.feature]
+    found = Counts.of(own, hit, (predicts & kept[:, None]).sum(0), median)
+    for feature in range(6):
+        firing_at = {n for n in range(200) if kept[n] and fires[n, feature]}
+        predicted = {n for n in range(200) if kept[n] and predicts[n, feature]}
+        strong = {n for n in firing_at if np.float32(value[n, feature]) > median[feature]}
+        score = found.score(feature, control=0.1)
+        if not firing_at:
+            assert score is None
+            continue
+        assert score is not None
+        both = len(firing_at & predicted)
+        assert score.value == pytest.approx(2 * both / (len(firing_at) + len(predicted)))
+        assert score.recall == pytest.approx(both / len(firing_at))
+        assert score.precision == (pytest.approx(both / len(predicted)) if predicted else None)
+        judged = predicted - (firing_at - strong)
+        assert score.upper == pytest.approx(2 * len(strong & judged) / (len(strong) + len(judged)))
+        assert (score.n, score.control) == (len(firing_at), 0.1)
+        low, high = wilson(np.array(both), np.array(len(firing_at | predicted)))
+        assert score.low == pytest.approx(2 * low / (1 + low))
+        assert score.high == pytest.approx(2 * high / (1 + high))
+        assert score.low <= score.value <= score.high
+
+
+def test_wilson_is_the_textbook_interval() -> None:
+    low, high = wilson(np.array([81, 0, 0]), np.array([263, 10, 0]))
+    # Newcombe 1998, table I: 81 of 263 and 0 of 10.
+    assert low.round(4).tolist()[:2] == [0.2553, 0.0]
+    assert high.round(4).tolist()[:2] == [0.3662, 0.2775]
+    assert (low[2], high[2]) == (0.0, 1.0)
+
+
+def test_a_label_counts_only_if_it_beats_its_control() -> None:
+    assert counts(Score("tokens", 0.6, 10, control=0.2))
+    assert counts(Score("tokens", 0.5, 10))
+    assert not counts(Score("tokens", 0.6, 10, control=0.6))
+    assert not counts(Score("tokens", 0.4, 10, control=0.2))
+    assert counts(Score("tokens", 0.4, 10, control=0.2), threshold=0.4)
+    assert not counts(None)
 
 
 def test_a_token_feature_is_named_by_its_tokens(
@@ -159,6 +288,40 @@ def test_a_token_feature_is_named_by_its_tokens(
     assert label.precision == (fires & holds).sum() / holds.sum()
     assert label.recall == (fires & holds).sum() / fires.sum()
     assert label.f1 == pytest.approx(2 / (1 / label.precision + 1 / label.recall))
+    assert label.method == "token"
+    assert counts(label.score)
+    assert labels.inputs == label_inputs(sae, index, score_blocks)
+
+
+def test_every_score_is_that_of_the_pattern_beside_it(
+    model: LanguageModel, sae: SparseAutoencoder, index: FeatureIndex, tmp_path: Path
+) -> None:
+    """Every pattern is held against every position of the score split, and against score_pattern."""
+    labels, blocks = Labels.open(tmp_path / "labels.sqlite"), text(seed=3)
+    label_features(index, model, sae, blocks, labels)
+    fires, kept = firing(model, sae, blocks)
+    where = Text.of_blocks([blocks], model.tokenizer.vocabulary(), model.tokenizer.special_ids)
+    scored = 0
+    for feature, label in labels.all().items():
+        if label.score is None:
+            continue
+        scored += 1
+        pattern = Pattern.from_json(label.pattern)
+        holds = pattern.holds(where) & kept
+        fired = fires[:, feature].numpy() & kept
+        assert label.f1 == pytest.approx(2 * (holds & fired).sum() / (holds.sum() + fired.sum()))
+        if feature < 4:
+            again = score_pattern(
+                model,
+                sae,
+                blocks,
+                feature,
+                pattern,
+                median=index.quantile(feature, 0.5),
+                control=label.control,
+            )
+            assert again == label.score
+    assert scored > D_SAE / 2
 
 
 def test_every_feature_gets_a_label_and_a_dead_one_says_so(
@@ -167,91 +330,141 @@ def test_every_feature_gets_a_label_and_a_dead_one_says_so(
     labels = Labels.open(tmp_path / "labels.sqlite")
     label_features(index, model, sae, text(seed=3), labels)
     assert sorted(labels.all()) == list(range(D_SAE))
-    assert labels.get(1) == Label(1, f"never fired in {index.n_tokens:,} tokens", "automatic", "dead", n=0)
+    dead = labels.get(1)
+    assert dead is not None
+    assert (dead.text, dead.method, dead.score) == (f"never fired in {index.n_tokens:,} tokens", "dead", None)
     assert all(label.text and label.source == "automatic" for label in labels.all().values())
 
 
-def test_labelling_again_keeps_what_people_wrote(
+def test_labelling_again_keeps_what_people_wrote_and_gives_the_same(
     model: LanguageModel, sae: SparseAutoencoder, index: FeatureIndex, tmp_path: Path
 ) -> None:
     labels = Labels.open(tmp_path / "labels.sqlite")
     label_features(index, model, sae, text(seed=3), labels)
     first = labels.all()
-    labels.set(0, "my two tokens", note="sure")
+    labels.set(0, "my two tokens")
     label_features(index, model, sae, text(seed=3), labels)
-    assert labels.get(0) == Label(0, "my two tokens", "person", note="sure")
-    labels.set(0, "", note="")
-    assert labels.all() == first
+    label = labels.get(0)
+    assert label is not None
+    assert (label.text, label.source) == ("my two tokens", "person")
+    assert {feature: labels.automatic(feature) for feature in first} == first
 
 
-def test_the_set_of_a_feature_is_the_best_prefix_by_precision(index: FeatureIndex) -> None:
-    """Against a slow search of the same rule, from the index's own token table."""
-    on = propose(index)[0]
-    for feature in range(D_SAE):
-        count = int(index.count[feature])
-        tokens = [t for t in index.top_tokens(feature) if t.count >= min(2, count)]
-        base = {t.token_id: round(t.share * index.n_tokens / t.lift) for t in tokens}
-        alone = sorted(tokens, key=lambda t: -2 * t.count / (base[t.token_id] + count))[:MAX_TOKENS]
-        alone.sort(key=lambda t: -t.count / base[t.token_id])
-        best = 0.0
-        for n in range(1, len(alone) + 1):
-            prefix = alone[:n]
-            f1 = 2 * sum(t.count for t in prefix) / (sum(base[t.token_id] for t in prefix) + count)
-            best = max(best, f1)
-        mine = set(on.predicates.keys[on.predicates.features == feature].tolist())
-        hits = sum(t.count for t in tokens if t.token_id in mine)
-        if tokens:
-            assert 2 * hits / (sum(base[i] for i in mine) + count) == pytest.approx(best)
-            assert on.f1[feature] == pytest.approx(best)
-        else:
-            assert mine == set()
-            assert np.isnan(on.f1[feature])
+def planted(seed: int, n: int = 4000) -> Evidence:
+    """Random text of four documents to fit to and one to score on; features that fire by a rule, or at random."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 8, n).astype(np.int32)
+    block = np.repeat(np.arange(n // 40, dtype=np.int32), 40)
+    document = (np.arange(n) // (n // 10)).astype(np.int32)
+    where = Text(tokens, block, document, [" the", "Error", "error", "(", "self", ",", "ing", "7"])
+    before, following = where.numbers("before"), where.numbers("next")
+    rules = [
+        tokens == 4,
+        (tokens == 4) & (before == 3),
+        (tokens == 1) | (tokens == 2),
+        (before == 3) & np.isin(tokens, [0, 2, 4, 6]),
+        following == 6,
+        rng.random(n) < 0.9,
+        rng.random(n) < 0.02,
+    ]
+    fires = np.stack(rules, axis=1)
+    train = np.arange(n) < 8 * n // 10
+    promoted = np.full((len(rules), 1), 6)
+    return Evidence(where, table(fires, train), table(fires, ~train), np.ones(7), np.full(7, 0.5), promoted)
 
 
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        ("self", "‹self›"),
-        (" self", "‹ self›"),
-        (" ", "‹␣›"),
-        ("  ", "‹␣␣›"),
-        ("\n    ", "‹⏎␣␣␣␣›"),
-        ("\n        return", "‹⏎␣×8return›"),
-        ("  x", "‹␣␣x›"),
-        ("x ", "‹x␣›"),
-        ("# type", "‹# type›"),
-        ("\t\r", "‹⇥␍›"),
-        ("\x00\u200b", "‹\\x00\\u200b›"),
-        ("<0xE2>", "‹<0xE2>›"),
-        ("", "‹›"),
-    ],
-)
-def test_white_space_can_be_seen(token: str, shown: str) -> None:
-    assert visible(token) == shown
+def test_every_rule_is_found_and_chance_is_not_explained() -> None:
+    labels = make_labels(planted(0))
+    assert [label.text for label in labels[:3]] == [
+        "fires on ‹self›",
+        "fires on ‹self› after ‹(›",
+        "fires on ‹error› in any case",
+    ]
+    assert labels[3].text == "fires on lower-case words after ‹(›"
+    assert labels[4].text == "says ‹ing›"
+    assert all(label.f1 == 1 and counts(label.score) for label in labels[:5])
+    assert labels[5].text == f"fires on {labels[5].n / 800:.0%} of all tokens"
+    assert not counts(labels[5].score)
+    assert labels[6].text.startswith("maybe ") or labels[6].method == "none"
+    assert not counts(labels[6].score)
 
 
-def test_says_names_promoted_tokens_only(index: FeatureIndex) -> None:
-    says = {proposal.kind: proposal for proposal in propose(index)}["says"]
-    for feature, key in zip(says.predicates.features, says.predicates.keys, strict=True):
-        assert key in {token for _, token, _ in index.promoted(int(feature))}
+def test_lexical_classes_explain_what_tokens_cannot() -> None:
+    """Python with names that hardly ever come twice: features of names after a dot, docstrings, and lines."""
+    rng = np.random.default_rng(3)
+    numbers: dict[str, int] = {}
+    tokens, document = [], []
+
+    def name() -> str:
+        return "".join(rng.choice([*"abcdefgh"], 5))
+
+    for n in range(40):
+        for _ in range(6):
+            written = ["def ", name(), "(", name(), "):\n    ", '"""', name(), " ", name(), '"""', "\n    "]
+            written += [
+                "return ",
+                name(),
+                ".",
+                name(),
+                "\n",
+                "import ",
+                name(),
+                "\n",
+                name(),
+                " = ",
+                name(),
+                "\n",
+            ]
+            tokens += [numbers.setdefault(token, len(numbers)) for token in written]
+            document += [n] * len(written)
+    documents = np.array(document, dtype=np.int32)
+    where = Text(np.array(tokens, dtype=np.int32), documents, documents, list(numbers))
+    classes = [where.values("class")[n] if n >= 0 else "" for n in where.numbers("class")]
+    lines = [where.values("line")[n] for n in where.numbers("line")]
+    is_name = np.array([each == "name" for each in classes])
+    fires = np.stack(
+        [
+            is_name & where.has("before", ["."]),
+            np.array([each == "docstring" for each in classes]),
+            is_name & np.array([each == "import" for each in lines]),
+        ],
+        axis=1,
+    )
+    train = documents < 30
+    evidence = Evidence(where, table(fires, train), table(fires, ~train), np.ones(3), np.full(3, 0.5), None)
+    labels = make_labels(evidence)
+    assert [label.text for label in labels] == [
+        "fires on names after ‹.›",
+        "fires in docstrings",
+        "fires on names after ‹import␣›",
+    ]
+    assert all(label.f1 == 1 and counts(label.score) for label in labels)
 
 
-def test_the_best_kind_on_the_score_split_wins(
-    model: LanguageModel, sae: SparseAutoencoder, index: FeatureIndex, tmp_path: Path
+def test_nothing_is_decided_on_the_score_split() -> None:
+    evidence = planted(0)
+    other = planted(1)
+    found = explain(evidence)
+    n = len(evidence.text)
+    swapped = Evidence(
+        evidence.text, evidence.train, other.score, *(np.ones(7), np.full(7, 0.5), evidence.promoted)
+    )
+    assert n == len(other.text)
+    assert explain(swapped).patterns == found.patterns
+    assert explain(swapped).kind == found.kind
+
+
+def test_examples_of_the_index_stand_for_rare_features(
+    model: LanguageModel, sae: SparseAutoencoder, index: FeatureIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels, score_blocks = Labels.open(tmp_path / "labels.sqlite"), text(seed=3)
-    label_features(index, model, sae, score_blocks, labels)
-    counts = count_predictions(model, sae, score_blocks, [p.predicates for p in propose(index)])
-    density = counts.fired / counts.n_positions
-    always = 2 * density / (1 + density)
-    for feature, label in labels.all().items():
-        if label.method == "always":
-            assert label.recall == 1.0
-            assert label.precision == density[feature]
-            assert label.text == f"fires on {index.density[feature]:.0%} of all tokens"
-        if label.f1 is not None:
-            dense = index.density[feature] > 0.1
-            best = max(np.nanmax(counts.f1[:, feature]), always[feature] if dense else 0.0)
-            assert label.f1 == pytest.approx(best)
-            assert label.text.startswith("maybe ") == (best < 0.3 and label.method != "always")
-    assert {"on", "always"} <= {label.method for label in labels.all().values()}
+    monkeypatch.setattr("features.explain.FIT_TOKENS", 80)
+    evidence = gather(index, model, sae, text(seed=3))
+    whole = FiringTable.of(model, sae, text(seed=1))
+    known = set(zip(whole.feature.tolist(), whole.position.tolist(), strict=True))
+    mine = list(zip(evidence.train.feature.tolist(), evidence.train.position.tolist(), strict=True))
+    assert set(mine) <= known
+    assert mine == sorted(mine)
+    few = np.bincount(whole.feature[whole.position < 80], minlength=D_SAE)
+    assert (evidence.train.count >= np.minimum(few, 30)).all()
+    assert evidence.train.count.sum() > few.sum()
+    assert make_labels(evidence)[0].method == "token"

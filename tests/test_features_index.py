@@ -1,9 +1,4 @@
-"""The feature index against a dense computation that is slow and obvious, and what it refuses.
-
-Most tests use a "model" whose activations are small whole numbers, looked up by token and place: every
-product and sum is then exact, equal activations abound (so that ties are tested), and numbers can be compared
-for equality however the text is cut into chunks.
-"""
+"""The feature index against a dense computation that is slow and obvious, and what it refuses; see lookup_model.py."""
 
 import json
 import subprocess
@@ -15,141 +10,49 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import END_OF_TEXT, TEXT, VOCABULARY, one_thread, tiny_language_model, tiny_tokenizer
+from lookup_model import (
+    CONTEXT,
+    D_IN,
+    D_SAE,
+    HOOK,
+    MAX_NORM,
+    OUTLIERS,
+    WRITTEN,
+    Dense,
+    LookupModel,
+    build,
+    make_blocks,
+    make_sae,
+    same_files,
+)
+from scipy import stats
+from tiny_models import END_OF_TEXT, TEXT, VOCABULARY, one_thread, tiny_language_model
 from torch import Tensor
 
 from activations.blocks import PADDING, TokenBlocks
 from activations.errors import InputError
-from activations.tokenizer import Tokenizer
 from activations.writer import write_store
 from features import firings as firings_module
 from features import lens as lens_module
+from features import pair_counts
 from features.build import build_index
-from features.examples import EXAMPLE, UNUSED, blank_examples, quantile_bands, sampling_rank
+from features.examples import quantile_bands, sampling_rank
+from features.firings import stream_firings
 from features.index import Example, FeatureIndex
 from features.layout import N_BANDS, PER_BAND, TOP_EXAMPLES, WINDOW, WINDOW_BEFORE
 from features.lens import decoder_neighbours, logit_lens
-from features.score import count_predictions
 from features.statistics import HISTOGRAM_EDGES, N_BINS, histogram_bin
 from features.trace import trace_text
+from features.weights import neighbours_of
 from sae.architectures.base import Weights
 from sae.config import SAEConfig
 from sae.model import SparseAutoencoder
-
-D_IN = 8
-D_SAE = 48
-CONTEXT = 40
-HOOK = "blocks.0.hook_resid_post"
-WRITTEN = "blocks.1.hook_mlp_out"
-OUTLIERS = (40, 41, 42)  # tokens whose activations are 100 times the usual
-MAX_NORM = 60.0
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Any:
     with one_thread():
         yield
-
-
-class LookupModel:
-    """Activations are whole numbers that depend on the token and a little on its place."""
-
-    name = "lookup"
-    hash = "lookup-model"
-    d_model = D_IN
-    device = torch.device("cpu")
-    dtype = torch.float32
-
-    def __init__(self) -> None:
-        self.tokenizer = Tokenizer(tiny_tokenizer())
-        generator = torch.Generator().manual_seed(1)
-        self.table = torch.randint(-4, 5, (VOCABULARY, D_IN), generator=generator).float()
-        self.table[list(OUTLIERS)] *= 100
-        self.shift = torch.randint(0, 2, (CONTEXT, D_IN), generator=generator).float()
-        self.gain = torch.rand(D_IN, generator=generator) + 0.5
-        self.W_U = torch.randn(D_IN, VOCABULARY, generator=generator)
-
-    def width(self, hook_name: str) -> int:
-        return D_IN
-
-    def capture(self, ids: Tensor, hook_names: list[str], attention_mask: Any = None) -> dict[str, Tensor]:
-        x = self.table[ids] + self.shift[: ids.shape[1]]
-        return dict.fromkeys(hook_names, x)
-
-    def logit_lens_weights(self) -> tuple[Tensor, Tensor]:
-        return self.gain, self.W_U
-
-
-def make_sae(architecture: str = "relu", hook_name: str = HOOK, **metadata: Any) -> SparseAutoencoder:
-    """Whole-number weights. Feature 0 never fires, feature 1 nearly everywhere."""
-    generator = torch.Generator().manual_seed(2)
-    rows = torch.randint(-2, 3, (D_SAE, D_IN), generator=generator).float()
-    bias = torch.randint(-24, -8, (D_SAE,), generator=generator).float()
-    bias[:2] = torch.tensor([-1e4, 100.0])
-    decoder = torch.randn(D_SAE, D_IN, generator=generator)
-    weights = Weights(rows, bias, decoder, torch.ones(D_IN))
-    config = SAEConfig(architecture=architecture, d_sae=D_SAE, k=5)  # type: ignore[arg-type]
-    return SparseAutoencoder(config, weights, {"hook_name": hook_name, "max_norm": MAX_NORM, **metadata})
-
-
-def make_blocks(n_blocks: int = 60, packing: str = "concatenated", seed: int = 3) -> TokenBlocks:
-    """Documents of 5 to 120 random tokens; the last block ends in padding."""
-    random = np.random.default_rng(seed)
-    ids, documents = [], []
-    while sum(map(len, ids)) < n_blocks * CONTEXT - 150:
-        n = int(random.integers(5, 121))
-        # Few tokens are common, as in text.
-        tokens = (VOCABULARY * random.random(n) ** 3).astype(np.int64).clip(1)
-        ids.append(np.array([END_OF_TEXT, *tokens]))
-        documents.append(np.full(n + 1, len(documents)))
-        if packing == "isolated":
-            rest = -(n + 1) % CONTEXT
-            ids.append(np.full(rest, END_OF_TEXT))
-            documents[-1] = np.concatenate([documents[-1], np.full(rest, PADDING)])
-    names = [f"paket/größe_{i}.py" for i in range(len(documents))]
-    flat_ids, flat_documents = np.concatenate(ids), np.concatenate(documents)
-    rest = -len(flat_ids) % CONTEXT
-    flat_ids = np.pad(flat_ids, (0, rest), constant_values=END_OF_TEXT)
-    flat_documents = np.pad(flat_documents, (0, rest), constant_values=PADDING)
-    return TokenBlocks(
-        flat_ids.astype(np.uint16).reshape(-1, CONTEXT),
-        flat_documents.astype(np.int32).reshape(-1, CONTEXT),
-        names,
-        "train",
-        packing,
-        False,
-    )
-
-
-def build(folder: Path, blocks: TokenBlocks, sae: SparseAutoencoder, **options: Any) -> FeatureIndex:
-    return build_index(LookupModel(), sae, blocks, folder, **options)  # type: ignore[arg-type]
-
-
-class Dense:
-    """Every activation at every position, ``[positions, d_sae]`` float64, 0 where positions do not count."""
-
-    def __init__(self, sae: SparseAutoencoder, blocks: TokenBlocks) -> None:
-        model = LookupModel()
-        self.ids = blocks.ids.reshape(-1).astype(int)
-        self.documents = blocks.documents.reshape(-1)
-        x = model.capture(blocks.ids_tensor(0, blocks.n_blocks), [HOOK])[HOOK].view(-1, D_IN).double()
-        self.kept = (self.ids != END_OF_TEXT) & (x.norm(dim=1).numpy() <= MAX_NORM)
-        w = sae.weights
-        pre = torch.relu((x - w.b_dec.double()) @ w.encoder_rows.double().T + w.b_enc.double())
-        if sae.config.architecture == "topk":
-            pre = sae.encode(x.float()).to_dense().double()
-        self.a = pre.numpy() * self.kept[:, None]
-
-    def firings(self, feature: int) -> list[tuple[float, int]]:
-        """(activation, position), strongest first; of equals, the earlier first."""
-        positions = np.flatnonzero(self.a[:, feature])
-        return sorted(((float(self.a[p, feature]), int(p)) for p in positions), key=lambda f: (-f[0], f[1]))
-
-    def strongest_per_document(self, feature: int) -> list[tuple[float, int]]:
-        best: dict[int, tuple[float, int]] = {}
-        for value, position in self.firings(feature):
-            best.setdefault(int(self.documents[position]), (value, position))
-        return list(best.values())
 
 
 def all_examples(index: FeatureIndex, feature: int) -> list[Example]:
@@ -165,8 +68,9 @@ def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Featur
     sae, blocks = make_sae(request.param), make_blocks()
     folder = tmp_path_factory.mktemp("index") / "index"
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(firings_module, "ENCODE_POSITIONS", 200)
         patch.setattr(firings_module, "CHUNK_FIRINGS", 1500)
+        patch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
+        patch.setattr(firings_module, "blocks_per_batch", lambda *about: 3)
         index = build(folder, blocks, sae)
     return index, Dense(sae, blocks), blocks
 
@@ -252,8 +156,10 @@ def test_narrower_windows_are_cut_out_of_the_widest(case: Any) -> None:
         assert a.activations[start : start + len(b.tokens)].tolist() == b.activations.tolist()
     assert index.top_examples(1, width=1)[0].peak == 0
     with pytest.raises(InputError) as error:
+        index.top_examples(1, width=0)
+    assert str(error.value) == "An example 0 tokens wide cannot be shown: the width must be at least 1."
+    with pytest.raises(InputError, match="opened by itself, without model and labels"):
         index.top_examples(1, width=65)
-    assert str(error.value) == "An example 65 tokens wide cannot be shown: the width must be 1 to 64."
 
 
 def test_bands_hold_what_they_claim(case: Any) -> None:
@@ -264,10 +170,9 @@ def test_bands_hold_what_they_claim(case: Any) -> None:
         n = len(weakest_first)
         rank = {position: i for i, (_, position) in enumerate(weakest_first)}
         bands = dict(index.range_examples(feature))
-        assert list(bands) == [
-            name for name in ("80–100%", "60–80%", "40–60%", "20–40%", "0–20%") if name in bands
-        ]
-        for band, name in enumerate(("0–20%", "20–40%", "40–60%", "60–80%", "80–100%")):
+        names = [f"{10 * band}–{10 * band + 10}%" for band in range(N_BANDS)]
+        assert list(bands) == [name for name in reversed(names) if name in bands]
+        for band, name in enumerate(names):
             examples = bands.get(name, [])
             values = [example.value for example in examples]
             assert values == sorted(values, reverse=True)
@@ -295,7 +200,7 @@ def test_top_tokens_are_exact(case: Any) -> None:
             share = len(values) / index.count[feature]
             assert statistic.token == vocabulary[token]
             assert statistic.count == len(values)
-            assert statistic.mean == np.float32(np.mean(values))
+            assert statistic.mean == np.float16(np.mean(values))
             assert statistic.share == pytest.approx(share, rel=1e-12)
             assert statistic.lift == pytest.approx(share / base[token], rel=1e-12)
 
@@ -323,30 +228,40 @@ def test_data_free_parts_in_the_index(case: Any) -> None:
         assert [i for _, i, _ in index.suppressed(feature)] == order[:20].tolist()
         for token, i, logit in index.promoted(feature) + index.suppressed(feature):
             assert token == index.vocabulary[i]
-            assert logit == pytest.approx(logits[feature, i], abs=1e-5)
+            assert logit == pytest.approx(logits[feature, i], rel=1e-3)  # kept as float16
+        moments = index.weights.records["moments"][feature]
+        raw = (W_dec[feature] * model.gain.double().numpy()) @ model.W_U.double().numpy()
+        expected = [raw.mean(), raw.std(), stats.skew(raw), stats.kurtosis(raw, fisher=False)]
+        np.testing.assert_allclose(moments, expected, rtol=1e-4, atol=1e-5)
         cosines = unit @ unit[feature]
         cosines[feature] = -2
-        assert [i for i, _ in index.neighbours(feature)] == np.argsort(-cosines)[:20].tolist()
-        assert all(c == pytest.approx(cosines[i], abs=1e-6) for i, c in index.neighbours(feature))
+        assert [i for i, _ in index.neighbours(feature)] == np.argsort(-cosines)[: D_SAE - 1].tolist()
+        assert all(c == pytest.approx(cosines[i], rel=1e-3, abs=1e-6) for i, c in index.neighbours(feature))
+        assert neighbours_of(sae, feature, 7) == [
+            (i, pytest.approx(cosines[i], abs=1e-6)) for i in np.argsort(-cosines)[:7]
+        ]
 
 
 def test_lens_and_neighbours_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     W_dec, W_U = torch.randn(50, 16, generator=generator), torch.randn(16, 70, generator=generator)
     gain = torch.rand(16, generator=generator)
-    whole = (*logit_lens(W_dec, gain, W_U, 10), *decoder_neighbours(W_dec, 10))
+    unit = torch.nn.functional.normalize(W_dec, dim=1)
+    whole = (*logit_lens(W_dec, gain, W_U, 10), *decoder_neighbours(unit, 0, 50, 10))
     monkeypatch.setattr(lens_module, "_TILE_BYTES", 4 * 70 * 7)  # seven features at a time
-    tiled = (*logit_lens(W_dec, gain, W_U, 10), *decoder_neighbours(W_dec, 10))
+    halves = [decoder_neighbours(unit, 0, 30, 10), decoder_neighbours(unit, 30, 20, 10)]
+    tiled = (*logit_lens(W_dec, gain, W_U, 10), *map(torch.cat, zip(*halves, strict=True)))
     for a, b in zip(whole, tiled, strict=True):
         torch.testing.assert_close(a, b)
-    assert decoder_neighbours(W_dec[:3], 10).feature.shape == (3, 2)
+    assert decoder_neighbours(unit[:3], 0, 3, 10).feature.shape == (3, 2)
 
 
 def test_off_the_residual_stream_there_is_no_logit_lens(tmp_path: Path) -> None:
     # As wide as d_model, and yet these are hidden units of the MLP, which the unembedding never reads.
     index = build(tmp_path / "index", make_blocks(10), make_sae(hook_name="blocks.0.mlp.hook_post"))
     assert index.promoted(1) == index.suppressed(1) == []
-    assert len(index.neighbours(1)) == 20
+    assert len(index.neighbours(1)) == D_SAE - 1
+    assert not index.weights.has_logit_lens
 
 
 def test_a_fair_sample_is_uniform_and_its_bands_are_near_the_truth() -> None:
@@ -362,18 +277,16 @@ def test_a_fair_sample_is_uniform_and_its_bands_are_near_the_truth() -> None:
     # The mean of 25,600 uniform numbers has a standard deviation of 0.29 / 160.
     assert abs(sampled.mean() - 0.5) < 4 * 0.29 / 160
 
-    sample = blank_examples(d_sae, capacity)
-    sample["rank"], sample["position"] = np.take_along_axis(ranks, chosen, 1), chosen
-    sample["value"] = np.take_along_axis(values, chosen, 1)
+    sample = {"position": chosen, "value": np.take_along_axis(values, chosen, 1)}
     histogram = np.stack([np.bincount(histogram_bin(row), minlength=N_BINS) for row in values])
-    bands = quantile_bands(sample, histogram, PER_BAND)
-    row, band, _ = np.nonzero(bands["rank"] != UNUSED)
-    used = bands[bands["rank"] != UNUSED]
-    assert len(used) > 0.98 * d_sae * N_BANDS * PER_BAND
-    truth = quantile[row, used["position"]]
+    bands = quantile_bands(sample, np.take_along_axis(ranks, chosen, 1), histogram, PER_BAND)
+    row, band, _ = np.nonzero(bands >= 0)
+    places = bands[bands >= 0]
+    assert len(places) > 0.95 * d_sae * N_BANDS * PER_BAND
+    truth = quantile[row, chosen[row, places]]
     outside = np.maximum(band / N_BANDS - truth, truth - (band + 1) / N_BANDS).clip(0)
     assert outside.max() < 0.1  # a bin holds up to 14% of these firings
-    assert outside.mean() < 0.003
+    assert outside.mean() < 0.01
 
 
 def test_histogram_bins_follow_the_edges_exactly() -> None:
@@ -381,7 +294,6 @@ def test_histogram_bins_follow_the_edges_exactly() -> None:
     assert histogram_bin(inner).tolist() == list(range(1, N_BINS))
     assert histogram_bin(np.nextafter(inner, np.float32(0))).tolist() == list(range(N_BINS - 1))
     assert histogram_bin(np.float32([1e-30, 1e-3, 1e5, 1e30])).tolist() == [0, 0, N_BINS - 1, N_BINS - 1]
-    assert EXAMPLE["window"].shape == (WINDOW,)
 
 
 def test_any_density_can_be_told(tmp_path: Path) -> None:
@@ -394,23 +306,24 @@ def test_any_density_can_be_told(tmp_path: Path) -> None:
     assert 0 < index.density[rarest] == int(index.count[rarest]) / 3e9 < 1e-6
 
 
-def same_files(a: Path, b: Path, but: tuple[str, ...] = ()) -> None:
-    names = sorted(path.name for path in a.iterdir())
-    assert names == sorted(path.name for path in b.iterdir())
-    for name in names:
-        if name not in but:
-            assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
 def test_same_bits_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, sae = make_blocks(30), make_sae()
     build(tmp_path / "whole", blocks, sae)
     build(tmp_path / "again", blocks, sae)
-    monkeypatch.setattr(firings_module, "ENCODE_POSITIONS", 1)
     monkeypatch.setattr(firings_module, "CHUNK_FIRINGS", 1)
+    monkeypatch.setattr(firings_module, "FIRINGS_PER_FEATURE", 1)
+    monkeypatch.setattr(firings_module, "blocks_per_batch", lambda *about: 1)
+    n_chunks = sum(1 for _ in firings_module.stream_firings(LookupModel(), sae, blocks))  # type: ignore[arg-type]
+    assert n_chunks > 20
+    monkeypatch.setattr(pair_counts, "SORTED_AT_ONCE", 500)
+    monkeypatch.setattr(pair_counts, "PAIRS_IN_MEMORY", 300)
+    monkeypatch.setattr(pair_counts, "_PAIRS_AT_ONCE", 70)
     build(tmp_path / "cut", blocks, sae)
     same_files(tmp_path / "whole", tmp_path / "again")
-    same_files(tmp_path / "whole", tmp_path / "cut")
+    same_files(tmp_path / "whole", tmp_path / "cut", but=("features.npy",))
+    whole, cut = (np.load(tmp_path / name / "features.npy") for name in ("whole", "cut"))
+    for field in whole.dtype.names:  # in every stretch of text near misses are looked for
+        assert field.startswith("miss_") or (whole[field] == cut[field]).all(), field
 
 
 def test_from_a_store(tmp_path: Path) -> None:
@@ -472,7 +385,7 @@ def test_a_transcoder_leaves_out_outliers_where_it_writes(source: str, tmp_path:
     left_out = int(np.isin(blocks.ids, model.outliers.numpy()).sum())
     assert 0 < left_out == everywhere.n_tokens - index.n_tokens
     for token in model.outliers.tolist():
-        assert everywhere._arrays["vocabulary_count"][token] > 0 == index._arrays["vocabulary_count"][token]
+        assert everywhere._text["vocabulary_count"][token] > 0 == index._text["vocabulary_count"][token]
     told = {name: index.manifest["inputs"][name] for name in ("max_norm", "hook_name_out", "max_norm_out")}
     assert told == {"max_norm": MAX_NORM, "hook_name_out": WRITTEN, "max_norm_out": 50.0}
     assert everywhere.manifest["inputs"]["max_norm_out"] is None
@@ -482,10 +395,11 @@ def test_scores_and_traces_of_a_transcoder_leave_out_the_same(monkeypatch: pytes
     model: Any = TwoHookModel()
     blocks, sae = make_blocks(20), make_transcoder(50.0)
     outlying = np.isin(blocks.ids, model.outliers.numpy())
-    counts = count_predictions(model, sae, blocks, [])
-    assert counts.n_positions == count_predictions(
-        model, make_transcoder(None), blocks, []
-    ).n_positions - int(outlying.sum())
+
+    def n_positions(transcoder: SparseAutoencoder) -> int:
+        return sum(len(firings.kept) for firings, _ in stream_firings(model, transcoder, blocks))
+
+    assert n_positions(sae) == n_positions(make_transcoder(None)) - int(outlying.sum())
     ids = [9, 5, 10, 7, 11]
     monkeypatch.setattr(type(model.tokenizer), "encode", lambda self, text: ids)
     model.context_length = CONTEXT
@@ -548,7 +462,7 @@ def test_a_real_model(tmp_path: Path) -> None:
     gain, W_U = (tensor.detach().double() for tensor in model.logit_lens_weights())
     logits = (sae.W_dec[5].double() * gain) @ W_U
     assert [i for _, i, _ in index.promoted(5)] == logits.argsort(descending=True)[:20].tolist()
-    assert index.promoted(5)[0][2] == pytest.approx(float(logits.max() - logits.mean()), rel=1e-4)
+    assert index.promoted(5)[0][2] == pytest.approx(float(logits.max() - logits.mean()), rel=1e-3)
 
 
 def test_reading_needs_no_torch_and_no_model(tmp_path: Path) -> None:
@@ -611,8 +525,18 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         FeatureIndex.open(folder, sae_hash="0" * 64)
     assert str(error.value) == f"{folder} was made with another SAE: build the index of this one."
-    (folder / "mean.npy").write_bytes(b"not numpy")
-    with pytest.raises(InputError, match=r"mean\.npy cannot be read \(.*\): build the index again\.$"):
+    (folder / "columns.npy").write_bytes(b"not numpy")
+    with pytest.raises(InputError, match=r"columns\.npy cannot be read \(.*\): build the index again\.$"):
+        _ = FeatureIndex.open(folder).count
+    (folder / "columns.npy").unlink()
+    with pytest.raises(InputError, match=r"lacks columns\.npy: build the index again\.$"):
+        FeatureIndex.open(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["inputs"]["layout"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError, match=r"was made by another version of saescope: build the index again\.$"
+    ):
         FeatureIndex.open(folder)
 
 
@@ -650,15 +574,15 @@ def test_a_full_disk_leaves_the_old_index(tmp_path: Path) -> None:
     sae, folder = make_sae(), tmp_path / "index"
     before = build(folder, make_blocks(10), sae).n_tokens
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
         with pytest.raises(InputError) as error:
             build(folder, make_blocks(20), sae)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value) == (
-        f"The disk has too little room for the feature index in {folder}, 0.2 MB: free some, or choose a"
+        f"The disk has too little room for the feature index in {folder}, about 0.3 MB: free some, or choose a"
         " folder on another disk."
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-index", "index", "index.partial"]
     assert FeatureIndex.open(folder).n_tokens == before

@@ -234,6 +234,7 @@ def test_an_index_of_another_sae_is_refused(folder: Path, tmp_path: Path) -> Non
 def test_figures_and_labels_of_another_sae_are_refused(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(folder, copy)
+    (copy / "labels.sqlite").unlink()
     Labels.open(copy / "labels.sqlite").put_automatic([], {"sae_hash": "another"})
     write_json(copy / "evaluation.json", {"l0": 4.0, "inputs": {"sae": "another"}})
     with pytest.raises(InputError) as error:

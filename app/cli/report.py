@@ -74,7 +74,9 @@ def print_demonstration(shown: Demonstration, model: LanguageModel, labels: Labe
     vocabulary = model.tokenizer.vocabulary()
     own = " ".join(f"{visible(vocabulary[token])}" for token in shown.own_tokens)
     console.print(
-        f"  Feature {shown.feature}" + (f", {label.text}" if label else ""), soft_wrap=True, markup=False
+        f"  Feature {shown.feature}" + (f", {label.summary}" if label and label.text else ""),
+        soft_wrap=True,
+        markup=False,
     )
     console.print(f"  Its own tokens: {own}", soft_wrap=True)
     strength = f"{shown.method} at {shown.strength:g} × its maximum"

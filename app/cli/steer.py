@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         temperature=given.temperature,
     )
     label = run.labels.get(given.feature)
-    name = f"feature {given.feature}" + (f" ({label.text})" if label else "")
+    name = f"feature {given.feature}" + (f" ({label.summary})" if label and label.text else "")
     what = "ablated" if given.method == "ablate" else f"{given.method} {strength:g} × {given.unit}"
     for title, text in (("default", pair.default), (f"steered: {name}, {what}", pair.steered)):
         console.print(Text(title, style="dim"), soft_wrap=True)

@@ -56,7 +56,7 @@ def feature_scatter(
                 "cmin": 0,
                 "cmax": 1,
                 "colorbar": {
-                    "title": {"text": "label F1", "side": "right"},
+                    "title": {"text": "label score", "side": "right"},
                     "thickness": 8,
                     "outlinewidth": 0,
                     "tickvals": [0, 0.5, 1],

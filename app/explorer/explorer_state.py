@@ -2,20 +2,28 @@
 
 import random
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from activations.errors import InputError
-from app.explorer.tokens_html import escape_markdown
+from activations.files import MANIFEST
+from app.explorer.explorer_style import escape_markdown
 from features.labels import Label
 from features.run import Feature, Run, open_run
+from sae.run import RunFolder
+
+if TYPE_CHECKING:
+    from features.tables import FeatureTable
 
 LONGEST_TEXT_IN_LINK = 2000  # characters; browsers and servers cut longer addresses
 
 
-@st.cache_resource(show_spinner="Opening the run …")
-def opened(path: str) -> Run:
-    """The run at ``path``: one object for all sessions, which are threads of one process."""
+@st.cache_resource(show_spinner="Opening the run …", max_entries=2)
+def opened(path: str, made: int) -> Run:
+    """The run at ``path``: one object for all sessions, which are threads of one process; another one for an index that
+    was ``made`` anew."""
     return open_run(path)
 
 
@@ -27,7 +35,8 @@ def the_run() -> Run:
     """
     if len(sys.argv) < 2:
         raise InputError("The explorer was started without a run: start it with sae explore RUN.")
-    return opened(sys.argv[1])
+    manifest = RunFolder(Path(sys.argv[1])).index / MANIFEST
+    return opened(sys.argv[1], manifest.stat().st_mtime_ns if manifest.is_file() else 0)
 
 
 def load_model(run: Run) -> None:
@@ -78,7 +87,7 @@ def asked_feature(run: Run) -> Feature:
 
 
 def best_labelled(run: Run) -> int:
-    """The feature whose automatic label predicts it best: a good one to begin with. 0 if nothing is labelled."""
+    """The feature whose label predicts it best: a good one to begin with. 0 if nothing is labelled."""
     labels = run.labels.all().values()
     return min(labels, key=worth).feature if labels else 0
 
@@ -90,11 +99,24 @@ def random_feature(run: Run) -> int:
 
 
 def worth(label: Label | None) -> tuple[float, int]:
-    """Sorts features by the score of their label, then by the number of cases it rests on, best first."""
-    return (0.0, 0) if label is None or label.f1 is None else (-label.f1, -(label.n or 0))
+    """Sorts features by the score of their label, then by the number of cases it rests on, best first.
+
+    Scores of two kinds are compared by what they are above chance: F1 begins at 0, balanced accuracy at 0.5.
+    """
+    score = None if label is None else label.score
+    if score is None:
+        return (1.0, 0)
+    return (-score.value if score.kind == "tokens" else 1 - 2 * score.value, -score.n)
 
 
 def name_of(run: Run, feature: int) -> str:
-    """A feature's label, or that it has none."""
+    """A feature's label with its score, or that it has none."""
     label = run.labels.get(feature)
-    return label.text if label and label.text else "no label"
+    return label.summary if label and label.text else "no label"
+
+
+def read_as(found: "FeatureTable") -> str:
+    """How a search read words that stand nowhere as they were typed; empty if all do."""
+    return " ".join(
+        f"“{word}” was read as {', '.join(words)}." for word, words in found.attrs.get("read_as", {}).items()
+    )

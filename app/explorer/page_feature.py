@@ -1,8 +1,6 @@
 """Feature: everything that is known about one feature, and a place to name it."""
 
-from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -18,13 +16,23 @@ from app.explorer.explorer_state import (
     random_feature,
     the_run,
 )
-from app.explorer.explorer_style import Card, bar, cards_html, number, part, percent, pill, table_html
-from app.explorer.tokens_html import chip, escape_markdown, tokens_html
+from app.explorer.explorer_style import escape_markdown
+from features.html_pieces import (
+    Card,
+    bar,
+    cards_html,
+    examples_html,
+    number,
+    part,
+    percent,
+    pill,
+    table_html,
+)
+from features.label_html import provenance_html, scores_html
 from features.labels import Label
+from features.own_label import give_label, score_own_label, write_pattern
 from features.run import Feature, Run
-
-if TYPE_CHECKING:
-    from features.index import Example
+from features.tokens_html import chip, tokens_html
 
 VIEWS = {"Snippets": 24, "Passages": 64}  # tokens shown of each example
 NEIGHBOURS_SHOWN = 10
@@ -51,9 +59,12 @@ def show() -> None:
         if feature.count:
             _histogram(feature)
             st.html(_top_tokens(feature))
+            st.html(_next_tokens(feature))
         if feature.promoted:
             st.html(_logit_lens(feature))
         st.html(_neighbours(feature))
+        if feature.coactive:
+            st.html(_coactive(feature))
 
 
 def _steps(run: Run, feature: Feature) -> None:
@@ -103,58 +114,79 @@ def _steps(run: Run, feature: Feature) -> None:
 
 
 def _name(feature: Feature) -> None:
-    """Label, where it comes from and how good it is; a person's own label and note."""
+    """Label, where it comes from and how good it is; a person's own label with its pattern, and the note."""
     labels, index = feature.run.labels, feature.index
+    if st.session_state.pop(f"to score {index}", False):
+        load_model(feature.run)
+        with st.spinner("Scoring your label on text that nobody made it from …"):
+            try:
+                score_own_label(feature.run, index)
+            except InputError as error:
+                complain(error)
     label, automatic = labels.get(index), labels.automatic(index)
     shown = label.text if label and label.text else "no label yet"
     st.html(
         f'<h1 class="page">Feature {index}</h1><p class="big" data-testid="label">{escape(shown)}</p>'
         f'<p class="hint">{_provenance(label, automatic)}</p>'
+        + "".join(pill(tag.text, tag.tooltip) for tag in feature.tags)
     )
 
     def save() -> None:
+        if not st.session_state[text_key].strip():
+            st.session_state[pattern_key] = ""  # it goes with the label
+        save_both()
+
+    def save_both() -> None:
+        pattern = st.session_state[pattern_key]
         try:
-            labels.set(index, st.session_state[text_key], note=st.session_state[note_key])
+            give_label(feature.run, index, st.session_state[text_key], pattern)
         except InputError as error:
             st.toast(escape_markdown(str(error)), icon=":material/error:", duration="long")
         else:
+            st.session_state[f"to score {index}"] = bool(pattern)
             st.toast("Saved.", icon=":material/check:")
 
-    text_key, note_key = f"label of {index}", f"note on {index}"
-    own = label.text if label and label.source == "person" else ""
-    text_place, note_place = st.columns([1, 1], gap="small")
+    def save_note() -> None:
+        labels.set_note(index, st.session_state[note_key])
+        st.toast("Saved.", icon=":material/check:")
+
+    text_key, pattern_key, note_key = f"label of {index}", f"pattern of {index}", f"note on {index}"
+    own = label if label and label.source == "person" else None
+    text_place, pattern_place, note_place = st.columns([1.3, 1, 1.3], gap="small")
     text_place.text_input(
         "Your label",
-        own,
+        own.text if own else "",
         key=text_key,
         on_change=save,
         placeholder="what would you call it? Enter saves",
-        help="It stands before the automatic label everywhere. Empty it to have the automatic label back.",
+        help="It stands before every other label. Empty it to have the others back.",
+    )
+    pattern_place.text_input(
+        "Pattern",
+        write_pattern(own.pattern) if own else "",
+        key=pattern_key,
+        on_change=save_both,
+        placeholder="␣self   or   /https?:/",
+        help="Where your label says that the feature fires, so that it can be scored: a token, up to four tokens in a"
+        " row, or a regular expression between slashes. ␣ may stand for a space, ⏎ for a line break, ⇥ for a tab.",
     )
     note_place.text_input(
         "Note",
         label.note if label else "",
         key=note_key,
-        on_change=save,
+        on_change=save_note,
         placeholder="anything worth remembering",
     )
 
 
 def _provenance(label: Label | None, automatic: Label | None) -> str:
-    """Where the shown label comes from, and the automatic one with its scores, as HTML."""
-    if automatic is None:
-        return "Nothing has labelled this feature automatically."
-    scores = ""
-    if automatic.f1 is not None and automatic.precision is not None and automatic.recall is not None:
-        scores = (
-            pill(f"F1 {automatic.f1:.2f}", "harmonic mean of precision and recall")
-            + pill(f"precision {automatic.precision:.2f}", "where the label says it fires, how often it does")
-            + pill(f"recall {automatic.recall:.2f}", "where it fires, how often the label says so")
-            + pill(f"n {automatic.n:,}", "firings on held-out documents that the scores rest on")
-        )
-    if label is not None and label.source == "person" and label.text:
-        return f"A person's label. Automatic: <b>{escape(automatic.text)}</b> {scores}"
-    return f"Automatic label {scores}"
+    """Who gave the label that is shown and how good it is, and likewise the automatic one behind it, as HTML."""
+    if label is None or not label.text:
+        return "Nothing has labelled this feature yet."
+    behind = ""
+    if label.source != "automatic" and automatic is not None:
+        behind = f"<br>Automatic: <b>{escape(automatic.text)}</b> {scores_html(automatic)}"
+    return provenance_html(label) + behind
 
 
 def _statistics(feature: Feature) -> list[Card]:
@@ -189,7 +221,9 @@ def _examples(feature: Feature) -> None:
             "View", list(VIEWS), default="Snippets", required=True, key="view", label_visibility="collapsed"
         )
     width, one_line = VIEWS[view], view == "Snippets"
-    strongest, across, own = st.tabs(["Strongest", "Across the range", "In a text of your own"])
+    strongest, across, silent, own = st.tabs(
+        ["Strongest", "Across the range", "Silent at its tokens", "In a text of your own"]
+    )
     with strongest:
         if not feature.count:
             st.html(f'<p class="hint">{SILENT}</p>')
@@ -209,20 +243,16 @@ def _examples(feature: Feature) -> None:
             '<p class="hint">A fair sample of all its firings, in bands that hold equally many: what the strongest'
             f" alone do not show.</p>{bands}"
         )
+    with silent:
+        misses = feature.near_misses(width)
+        hint = (
+            "Tokens of the feature on which it stays silent: what it takes besides the token."
+            if misses
+            else "No place was found where one of its tokens stands and it is silent."
+        )
+        st.html(f'<p class="hint">{hint}</p>{examples_html(misses, feature.max, one_line=one_line)}')
     with own:
         _own_text(feature)
-
-
-def examples_html(examples: "Sequence[Example]", maximum: float, *, one_line: bool) -> str:
-    """Examples as one block: activation, coloured tokens, document."""
-    return "".join(
-        f'<div class="example"><div class="strength">{escape(number(example.value))}</div><div>'
-        + tokens_html(
-            example.tokens, example.activations.tolist(), maximum, framed=example.peak, one_line=one_line
-        )
-        + f'<span class="where">{escape(example.document)}</span></div></div>'
-        for example in examples
-    )
 
 
 def _histogram(feature: Feature) -> None:
@@ -242,6 +272,14 @@ def _top_tokens(feature: Feature) -> str:
         for token in feature.top_tokens[:12]
     ]
     return part("Tokens it fires on") + table_html(["token", "share of firings", "lift", "mean"], rows)
+
+
+def _next_tokens(feature: Feature) -> str:
+    rows = [
+        [chip(token.token), bar(token.share, percent(token.share)), f"{number(token.lift)}×"]
+        for token in feature.next_tokens[:8]
+    ]
+    return part("Tokens that follow") + table_html(["token", "share of firings", "lift"], rows)
 
 
 def _logit_lens(feature: Feature) -> str:
@@ -275,6 +313,23 @@ def _neighbours(feature: Feature) -> str:
     return part("Nearest features", "By the cosine of their decoder directions.") + table_html(
         ["feature", "cosine"], rows
     )
+
+
+def _coactive(feature: Feature) -> str:
+    run = feature.run
+    rows = [
+        [
+            f'<span class="ellipsis" title="{escape(name_of(run, other.feature))}">'
+            f"{link(feature_address(other.feature), str(other.feature))} {escape(name_of(run, other.feature))}</span>",
+            bar(other.jaccard, f"{other.jaccard:.2f}"),
+            f"{other.pmi:+.1f}",
+        ]
+        for other in feature.coactive[:NEIGHBOURS_SHOWN]
+    ]
+    hint = (
+        "Jaccard: positions where both fire, of those where either does. PMI: how far above chance, in bits."
+    )
+    return part("Fires together with", hint) + table_html(["feature", "Jaccard", "PMI"], rows)
 
 
 def _own_text(feature: Feature) -> None:

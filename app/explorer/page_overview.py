@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
+from activations.errors import InputError
 from app.explorer.explorer_charts import density_histogram, feature_scatter
 from app.explorer.explorer_links import feature_address, go
-from app.explorer.explorer_state import the_run, worth
-from app.explorer.explorer_style import Card, cards_html, number, part, percent, track_html
-from features.labels import Label
+from app.explorer.explorer_state import complain, read_as, the_run, worth
+from app.explorer.explorer_style import track_html
+from features.html_pieces import Card, cards_html, number, part, percent
+from features.labels import SCORE_NAMES, Label
 from features.run import Run
 
 CONTROL_NAMES = {"principal_components": "PCA", "reduced_rank": "linear map", "random_weights": "random SAE"}
+MOST_FOUND = 1000  # features of a search
 STRENGTHS = {"largest": "max", "mean": "mean"}
 
 
@@ -126,8 +129,8 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
         scores = np.full(index.d_sae, np.nan)
         texts = [""] * index.d_sae
         for label in labels.values():
-            texts[label.feature] = label.text
-            scores[label.feature] = np.nan if label.f1 is None else label.f1
+            texts[label.feature] = label.summary if label.text else ""
+            scores[label.feature] = np.nan if label.score is None else label.score.value
         figure = feature_scatter(
             firing,
             index.density[firing],
@@ -155,10 +158,21 @@ def _pictures(run: Run, labels: dict[int, Label]) -> np.ndarray | None:
     return None
 
 
+def _measure(label: Label | None) -> str:
+    """What the score of a label is."""
+    if label is None or not label.text:
+        return ""
+    return SCORE_NAMES[label.score.kind] if label.score else "not scored"
+
+
 def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> None:
     index = run.index
     st.html(
-        part("Find a feature", "Words of a label or note, or a feature's number; a click on a row opens it.")
+        part(
+            "Find a feature",
+            "Words of labels, top tokens and notes, beginnings (doc*), phrases in quotes, /expressions/, or a feature's"
+            " number; a click on a row opens it.",
+        )
     )
     wanted = st.text_input(
         "Search",
@@ -172,10 +186,14 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
     features = np.arange(index.d_sae) if chosen is None else chosen
     wanted = (wanted or "").strip()
     if wanted:
-        found = {label.feature for label in run.labels.search(wanted)}
-        if wanted.isdigit() and int(wanted) < index.d_sae:
-            found.add(int(wanted))
-        features = np.array([feature for feature in features if feature in found], dtype=np.int64)
+        try:
+            found = index.search(wanted, n=MOST_FOUND)
+        except InputError as error:
+            complain(error)
+            return
+        st.html(f'<p class="hint">{escape(read_as(found))}</p>')
+        matches = found["feature"].to_numpy(dtype=np.int64)
+        features = matches[np.isin(matches, features)]
     else:
         # Well-tested labels first, so that the first screen shows features that mean something.
         features = np.array(
@@ -191,7 +209,8 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             "feature": features,
             "label": [label.text if label else "" for label in rows],
             "by": [label.source if label and label.text else "" for label in rows],
-            "F1": [label.f1 if label else None for label in rows],
+            "score": [label.score.value if label and label.score else None for label in rows],
+            "measure": [_measure(label) for label in rows],
             "density": index.density[features],
             "max": index.max[features],
             "mean": index.mean[features],
@@ -205,12 +224,16 @@ def _table(run: Run, labels: dict[int, Label], chosen: np.ndarray | None) -> Non
             "feature": st.column_config.NumberColumn(width=70, format="%d"),
             "label": st.column_config.TextColumn(width="large"),
             "by": st.column_config.TextColumn(width=90, help="who gave the label"),
-            "F1": st.column_config.ProgressColumn(
+            "score": st.column_config.ProgressColumn(
                 width=110,
                 min_value=0,
                 max_value=1,
                 format="%.2f",
-                help="of the automatic label, on held-out documents",
+                help="of the label, on documents that it was not made from",
+            ),
+            "measure": st.column_config.TextColumn(
+                width=95,
+                help="F1 of the label's pattern, or the balanced accuracy of a judge, whose chance is 0.5",
             ),
             "density": st.column_config.NumberColumn(
                 width=90, format="%.2e", help="share of tokens on which it fires"

@@ -9,12 +9,12 @@ import streamlit as st
 
 from activations.errors import InputError
 from app.explorer.explorer_links import address, feature_address, go, link, pick
-from app.explorer.explorer_state import complain, load_model, name_of, parameter, the_run, worth
-from app.explorer.explorer_style import bar, number, part, percent, table_html
-from app.explorer.tokens_html import printable, tokens_html
+from app.explorer.explorer_state import complain, load_model, name_of, parameter, the_run
 from features.demonstration import choose_demonstration, own_tokens, promoted_share
+from features.html_pieces import bar, number, part, percent, table_html
 from features.run import Run
 from features.steering import METHODS, Method, output_scores
+from features.tokens_html import printable, tokens_html
 
 WEAKEST, STRONGEST, USUAL = -2.0, 4.0, 1.0  # strengths on the sliders, in units of the feature's maximum
 MATCHES_SHOWN = 8
@@ -198,12 +198,13 @@ def _suggestion(run_path: str, _run: Run) -> str:
 
 
 def _matches(run: Run, features: list[int], wanted: str) -> str:
-    found = [label.feature for label in sorted(run.labels.search(wanted), key=worth)]
-    if wanted.isdigit() and int(wanted) < run.index.d_sae:
-        found.insert(0, int(wanted))
-    found = [feature for feature in dict.fromkeys(found) if feature not in features]
+    try:
+        table = run.index.search(wanted)
+    except InputError as error:
+        return f'<p class="hint">{escape(str(error))}</p>'
+    found = [feature for feature in table["feature"].tolist() if feature not in features]
     if not found:
-        return '<p class="hint">No label says so. Try another word, or a feature\'s number.</p>'
+        return '<p class="hint">No label or token says so. Try another word, or a feature\'s number.</p>'
     lines = [
         pick(
             {"features": ",".join(map(str, [*features, feature]))},

@@ -15,9 +15,9 @@ from app.explorer.explorer_state import (
     the_run,
     whole_number,
 )
-from app.explorer.explorer_style import bar, number, part, table_html
-from app.explorer.tokens_html import chip, tokens_html, visible
+from features.html_pieces import bar, number, part, table_html
 from features.run import Run
+from features.tokens_html import chip, tokens_html, visible
 from features.trace import Trace
 
 SAMPLE = '''import os

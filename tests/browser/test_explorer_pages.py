@@ -8,9 +8,9 @@ from urllib.parse import parse_qs, quote, urlsplit
 import numpy as np
 import pytest
 
-from app.explorer.explorer_style import number, percent
 from app.explorer.page_try_text import SAMPLE
 from features.demonstration import own_tokens, promoted_share
+from features.html_pieces import number, percent
 from features.run import Run
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def test_search_and_a_click_in_the_table_open_a_feature(window: Open, run: Run) 
     page.page.get_by_role("searchbox").fill(label.text)
     page.page.keyboard.press("Enter")
     page.settle()
-    found = {other.feature for other in run.labels.search(label.text)}
+    found = set(run.index.search(label.text, n=1000)["feature"])
     assert f"{len(found):,} of {run.index.d_sae:,} features" in page.text
     click_first_row(page)
     page.arrive("**/feature?feature=*")

@@ -1,7 +1,7 @@
 """Tokens as HTML: each coloured by an activation, with its value on hover; every character of the text escaped.
 
 One block of HTML for a whole list of examples, because thousands of separate elements make a page slow. The classes
-are styled in :mod:`app.explorer.explorer_style`.
+are styled in :mod:`features.html_pieces`.
 """
 
 import unicodedata
@@ -48,19 +48,20 @@ def token_html(
         text = text.replace("\n", "⏎\n")  # a line end would otherwise show no colour
     word = text.lstrip(" ") or text
     # A space before a word stays outside, so that a line that breaks there leaves no coloured stub behind.
-    margin, shown = (
-        text[: len(text) - len(word)],
-        escape(word or "‥"),
-    )  # "": its character stands at another token
+    margin = text[: len(text) - len(word)]
+    end = "\n" * (
+        word.endswith("\n") and word != "\n"
+    )  # inside, it would draw a stub of the frame on the next line
+    shown = escape(word.removesuffix(end) or "‥")  # "": its character stands at another token
     classes = "t" + " n" * (activation < 0) + " p" * framed
     colour = f' style="--a:{_opacity(activation, maximum):.3f}"' if activation else ""
     title = escape(
         f"{visible(token) or 'part of a character'}   {activation:.3g}{_of_maximum(activation, maximum)}"
     )
     if not pick:
-        return f'{margin}<span class="{classes}"{colour} title="{title}">{shown}</span>'
+        return f'{margin}<span class="{classes}"{colour} title="{title}">{shown}</span>{end}'
     link = f'href="?{escape(pick)}" data-pick="{escape(pick)}" target="_self" tabindex="-1"'
-    return f'{margin}<a class="go {classes}" {link}{colour} title="{title}">{shown}</a>'
+    return f'{margin}<a class="go {classes}" {link}{colour} title="{title}">{shown}</a>{end}'
 
 
 def tokens_html(
@@ -101,15 +102,6 @@ def tokens_html(
 def chip(token: str) -> str:
     """A token as a small framed word, whitespace made visible."""
     return f'<code class="chip">{escape(visible(token)) or "‥"}</code>'
-
-
-def escape_markdown(text: str) -> str:
-    """``text`` as Streamlit's Markdown shows it literally, on one line.
-
-    For what can only be given as Markdown (labels of widgets, messages): HTML and ``st.text`` need none of this.
-    """
-    line = " ".join(text.split())
-    return "".join(f"\\{c}" if c.isascii() and not c.isalnum() and c != " " else c for c in line)
 
 
 def _counted(whitespace: str) -> str:
