@@ -22,6 +22,7 @@ HOST = "127.0.0.1"
 FIRST_PORT = 8501
 START_SECONDS = 60.0
 STOP_SECONDS = 5.0
+_TRIES = 3
 _EXPLORER = Path(__file__).resolve().parent / "explorer"
 
 
@@ -120,9 +121,9 @@ def served(run_folder: Path, port: int | None = None) -> Iterator[Server]:
         InputError: it does not start.
     """
     with ExitStack() as at_the_end:
-        server = None
-        while server is None:
-            chosen = next_free_port() if port is None else port
+        chosen, tries = FIRST_PORT, _TRIES if port is None else 1
+        while True:
+            chosen = next_free_port(chosen) if port is None else port
             process = subprocess.Popen(
                 command(run_folder, chosen),
                 stdout=subprocess.PIPE,
@@ -132,12 +133,14 @@ def served(run_folder: Path, port: int | None = None) -> Iterator[Server]:
             )
             at_the_end.callback(_end, process)
             if _gets_ready(process, chosen):
-                server = Server(process, f"http://{HOST}:{chosen}")
-            elif port is not None or _is_free(chosen):
+                break
+            # Most likely somebody took the port first; they may have left it already, so it tells nothing now.
+            chosen, tries = chosen + 1, tries - 1
+            if not tries:
                 raise InputError(
                     f"Streamlit ended at its start, with exit status {process.returncode}; see above."
                 )
-        yield server
+        yield Server(process, f"http://{HOST}:{chosen}")
 
 
 def _environment() -> dict[str, str]:

@@ -40,19 +40,23 @@ from features.gathering import STATE, Gathering
 from features.groups import group_starts, run_starts
 from features.index import FeatureIndex
 from features.layout import (
+    ALL_COLUMNS,
     COACTIVE,
     COLUMNS,
     COUNTED,
+    FEATURES,
+    IDS,
     KIND,
     LAYOUT,
     NEAR_MISSES,
     NEXT_TOKENS,
     PER_BAND,
+    TEXT,
     TOP_TOKENS,
     feature_record,
 )
 from features.pair_counts import Tally, best_pairs
-from features.records import write_array, write_records
+from features.records import write_array, write_arrays, write_records
 from features.statistics import HISTOGRAM_EDGES
 from features.tags import tag_bits
 from features.weights import WeightIndex, build_weights
@@ -217,10 +221,12 @@ def _write(folder: Path, job: _Job, gathered: Gathering, weights: WeightIndex) -
     with new_folder(folder) as new:
         dtype = feature_record(blocks.ids.size)
         records = _records(gathered, blocks, vocabulary, weights, dtype, columns)
-        write_records(new / "features.npy", dtype, (sae.d_sae,), records)
-        write_array(new / "columns.npy", columns)
-        for name, array in _text_arrays(blocks, vocabulary, gathered.vocabulary_count).items():
-            write_array(new / f"{name}.npy", array)
+        write_records(new / FEATURES, dtype, (sae.d_sae,), records)
+        write_array(new / ALL_COLUMNS, columns)
+        write_array(new / IDS, blocks.ids)
+        if blocks.counted is not None:
+            write_array(new / COUNTED, blocks.counted)
+        write_arrays(new / TEXT, _text_arrays(blocks, vocabulary, gathered.vocabulary_count))
         link_folder(weights.folder, new / WEIGHTS)
         write_manifest(
             new,
@@ -250,8 +256,9 @@ def _records(
     ids = blocks.ids.reshape(-1)
     tokens, nexts, pairs = (
         counts.of_features(feature_blocks(d_sae))
-        for counts in (gathered.tokens, gathered.nexts, gathered.coactive.pairs)
+        for counts in (gathered.tokens, gathered.nexts, gathered.coactive)
     )
+    sampled = gathered.coactive.count
     is_numeric = np.array([text.strip().isdigit() for text in vocabulary])
     is_space = np.array([text.isspace() for text in vocabulary])
     for features, of_token, of_next, of_pair in zip(feature_blocks(d_sae), tokens, nexts, pairs, strict=True):
@@ -268,7 +275,7 @@ def _records(
         column["starts"] = gathered.places.starts[features]
         for name in ("bos", "special", "outlier", "left_out"):
             column[name] = getattr(gathered, name)[features]
-        column["sampled"] = gathered.coactive.count[features]
+        column["sampled"] = sampled[features]
         column["entropy"] = _entropy(of_token, features, d_vocab)
         record["histogram"] = statistics.histogram[features]
 
@@ -277,7 +284,6 @@ def _records(
         record["token_mean"] = (top.total / top.times.clip(min=1)).clip(max=np.finfo(np.float16).max)
         following = best_pairs(of_next, of_next.times, features, d_vocab, NEXT_TOKENS)
         record["next_id"], record["next_count"] = following.second, following.times
-        sampled = gathered.coactive.count
         first, second = np.divmod(of_pair.key, d_sae)
         likeness = jaccard(of_pair.times, sampled[first], sampled[second])
         together = best_pairs(of_pair, likeness, features, d_sae, COACTIVE)
@@ -418,7 +424,6 @@ def _text_arrays(
     run_start = run_starts(documents)
     words, names = StringTable.of(vocabulary), StringTable.of(blocks.names)
     return {
-        "ids": blocks.ids,
         "run_start": run_start,
         "run_document": documents[run_start],
         "vocabulary_count": vocabulary_count,
@@ -426,7 +431,6 @@ def _text_arrays(
         "vocabulary_offsets": words.offsets,
         "documents": names.text,
         "documents_offsets": names.offsets,
-        **({} if blocks.counted is None else {COUNTED: blocks.counted}),
     }
 
 

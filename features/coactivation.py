@@ -1,64 +1,112 @@
 """Which features fire together: counted exactly on a sample of positions.
 
-On a sampled position every pair of firing features counts once; :mod:`features.coactive` says what is made of it.
+On a sampled position every pair of firing features counts once; :mod:`features.coactive` says what is made of it. The
+sample is small, so it is kept as it is, and its pairs are counted when everything has been read.
 """
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from features.examples import splitmix64
 from features.firings import Firings
-from features.groups import place_in_group
-from features.pair_counts import PairCounts
+from features.groups import group_starts, place_in_group
+from features.pair_counts import Tally
 
 SAMPLED_POSITIONS = 30_000
 """Positions that pairs are counted on, about: the number of those with a pair fits in 16 bits."""
 MOST_PER_POSITION = 64
 """Of the features that fire at a position, so many take part, the strongest: pairs grow with their square."""
+_PAIRS_AT_ONCE = 1 << 22
 
 
 class Coactivation:
-    """Counts of pairs, as firings pass by.
+    """The features that fire at sampled positions, as firings pass by.
 
     Attributes:
-        pairs: of features; both orders of each.
-        count: int64 ``[d_sae]``, sampled positions at which a feature fires (and takes part).
         n_sampled: how many positions were sampled.
     """
 
-    def __init__(self, d_sae: int, n_positions: int, folder: Path) -> None:
+    def __init__(self, d_sae: int, n_positions: int) -> None:
         """n_positions: of the whole text, all processes together."""
-        self.pairs = PairCounts(d_sae, folder, summed=False)
-        self.count = np.zeros(d_sae, dtype=np.int64)
+        self.d_sae = d_sae
         self.n_sampled = 0
+        self._features: list[np.ndarray] = []  # position by position
+        self._n_firing: list[np.ndarray] = []  # how many of them belong to each position
         share = min(SAMPLED_POSITIONS / max(n_positions, 1), 1.0)
         self._bound = np.uint64(min(int(share * 2**64), 2**64 - 1))
 
     def add(self, firings: Firings) -> None:
-        """Count the pairs at those positions that are in the sample."""
+        """Keep what fires at those positions that are in the sample."""
         sampled = splitmix64(firings.kept.astype(np.uint64)) <= self._bound
         if not sampled.any():
             return
         self.n_sampled += int(sampled.sum())
-        first = int(firings.kept[0])
-        is_sampled = np.zeros(int(firings.kept[-1]) - first + 1, dtype=bool)
-        is_sampled[firings.kept[sampled] - first] = True
-        chosen = np.flatnonzero(is_sampled[firings.position - first])
-        chosen = chosen[np.lexsort((-firings.value[chosen], firings.position[chosen]))]
-        chosen = chosen[place_in_group(firings.position[chosen]) < MOST_PER_POSITION]
-        feature, position = firings.feature[chosen], firings.position[chosen]
-        self.count += np.bincount(feature, minlength=len(self.count))
-        # The entries of a position stand together: each is paired with the next, the next but one …
-        for distance in range(1, MOST_PER_POSITION):
-            together = np.flatnonzero(position[distance:] == position[:-distance])
-            if not len(together):
-                break
-            one, other = feature[together], feature[together + distance]
-            self.pairs.add(one, other)
-            self.pairs.add(other, one)
+        chosen = np.flatnonzero(firings.among(firings.kept[sampled]))
+        chosen = chosen[np.lexsort((-firings.value[chosen], firings.place[chosen]))]
+        place = firings.place[chosen]
+        fits = place_in_group(place) < MOST_PER_POSITION
+        starts = group_starts(place[fits])
+        self._features.append(firings.feature[chosen[fits]].astype(np.int32))
+        self._n_firing.append(np.diff(starts, append=int(fits.sum())))
 
     def merge(self, later: "Coactivation") -> None:
-        """Add the counts of another process, its pairs apart."""
-        self.count += later.count
+        """Add the sample of another process."""
         self.n_sampled += later.n_sampled
+        self._features += later._features
+        self._n_firing += later._n_firing
+
+    @property
+    def count(self) -> np.ndarray:
+        """Sampled positions at which each feature fires (and takes part): int64 ``[d_sae]``."""
+        return np.bincount(_joined(self._features, np.int32), minlength=self.d_sae)
+
+    def of_features(self, blocks: Iterator[slice]) -> Iterator[Tally]:
+        """The pairs with a first member in each of consecutive ranges of features; each pair stands in both orders."""
+        features, n_firing = _joined(self._features, np.int32), _joined(self._n_firing, np.int64)
+        position = np.repeat(np.arange(len(n_firing)), n_firing)
+        starts = n_firing.cumsum() - n_firing
+        by_feature = np.argsort(features, kind="stable")
+        n_pairs = np.bincount(features, weights=n_firing[position], minlength=self.d_sae)
+        entries_below, pairs_below = (
+            np.append(0, counts.cumsum()).astype(np.int64) for counts in (self.count, n_pairs)
+        )
+
+        def counted(first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            some = by_feature[entries_below[first] : entries_below[stop]]
+            n = n_firing[position[some]]
+            one = np.repeat(some, n)
+            other = np.arange(len(one)) + np.repeat(starts[position[some]] - (n.cumsum() - n), n)
+            apart = one != other
+            key = features[one[apart]].astype(np.int64) * self.d_sae
+            key += features[other[apart]]
+            key.sort()
+            begins = group_starts(key)
+            return key[begins], np.diff(begins, append=len(key))
+
+        for block in blocks:
+            parts, first = [], block.start
+            while first < block.stop:
+                enough = np.searchsorted(pairs_below, pairs_below[first] + _PAIRS_AT_ONCE, side="right") - 1
+                stop = min(max(int(enough), first + 1), block.stop)
+                parts.append(counted(first, stop))
+                first = stop
+            key, times = (np.concatenate(column) for column in zip(*parts, strict=True))
+            yield Tally(key, times, np.zeros(0))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that it holds, by name."""
+        return {
+            "features": _joined(self._features, np.int32),
+            "n_firing": _joined(self._n_firing, np.int64),
+            "n_sampled": np.array(self.n_sampled),
+        }
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what :meth:`arrays` gave."""
+        self._features, self._n_firing = [arrays["features"]], [arrays["n_firing"]]
+        self.n_sampled = int(arrays["n_sampled"])
+
+
+def _joined(parts: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])

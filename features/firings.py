@@ -41,8 +41,6 @@ OUTLIER_FACTOR = 10
 NORM_BLOCKS = 16
 """Norms above so many times the median of the first blocks are outliers, where the SAE sets no bound of its own."""
 
-_NONE = np.zeros(0, dtype=np.int64)
-
 T = TypeVar("T")
 
 
@@ -125,6 +123,12 @@ class Firings:
         starts = group_starts(self.feature)
         return self.feature[starts], starts
 
+    def among(self, positions: np.ndarray) -> np.ndarray:
+        """Which firings are at some of the positions of these blocks: bool ``[m]``, of int64 positions."""
+        wanted = np.zeros(self.n_places, dtype=bool)
+        wanted[positions - self.first] = True
+        return wanted[self.place]
+
     def windows(self, feature: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What a feature does around some positions of these blocks, within their block.
 
@@ -140,7 +144,7 @@ class Firings:
         window_start = position - WINDOW_BEFORE
         begin = np.maximum(window_start, block)
         end = np.minimum(window_start + WINDOW, block + self.context_length)
-        base = feature * self._span - self._first
+        base = feature * self.n_places - self.first
         run_start = np.searchsorted(self._keys, base + begin)
         lengths = np.searchsorted(self._keys, base + end) - run_start
         offsets = lengths.cumsum() - lengths
@@ -160,23 +164,29 @@ class Firings:
         """Whether a feature fires at a position of these blocks: bool ``[c]``, of int64 ``[c]`` pairs."""
         if not len(self.feature):
             return np.zeros(len(feature), dtype=bool)
-        key = feature * self._span + position - self._first
+        key = feature * self.n_places + position - self.first
         place = np.searchsorted(self._keys, key).clip(max=len(self._keys) - 1)
         return self._keys[place] == key
 
-    @property
-    def _first(self) -> int:
+    @cached_property
+    def first(self) -> int:
         """The first position of the first block."""
         if not len(self.kept):
             return 0
         return int(self.kept[0]) // self.context_length * self.context_length
 
-    @property
-    def _span(self) -> int:
+    @cached_property
+    def n_places(self) -> int:
         """Number of positions from the first block to the last."""
         if not len(self.kept):
             return self.context_length
-        return (int(self.kept[-1]) // self.context_length + 1) * self.context_length - self._first
+        return (int(self.kept[-1]) // self.context_length + 1) * self.context_length - self.first
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """int64 ``[m]``: the position of each firing, counted from :attr:`first`, where what is known of ``n_places``
+        positions is looked up."""
+        return self.position - self.first
 
     @cached_property
     def _keys(self) -> np.ndarray:
@@ -184,7 +194,7 @@ class Firings:
 
         A window that ends with its block may end where the next feature begins: that number is not smaller.
         """
-        return self.feature * self._span + (self.position - self._first)
+        return self.feature * self.n_places + self.place
 
 
 class Encoded(NamedTuple):
@@ -260,39 +270,43 @@ def _encoder(
 
     def encode(first: int, last: int) -> Encoded:
         found = _activations(model, list(exclusions), blocks, store, first, last)
-        counts = kept_at_all(blocks, first, last, found, exclusions).cpu().numpy()
-        real = counted_positions(blocks, first, last).numpy()
-        ids = blocks.ids[first:last][real].astype(np.int64)
-        is_kept, is_special = counts[real], np.isin(ids, all_special)
-        place = np.flatnonzero(real) + first * blocks.context_length
-        x = found[sae.hook_name]
-        x = (x.flatten(0, 1) if real.all() else x[torch.from_numpy(real).to(x.device)]).to(sae.b_dec)
-        # All of them at once: there are few that do not count.
-        rows, feature, value = (entry.cpu().numpy() for entry in sae.encode(x).entries())
-        value = value.astype(np.float32, copy=False)
-        if not is_kept.all():
-            fires_kept = is_kept[rows]
-            left_rows, left_feature = rows[~fires_kept], feature[~fires_kept]
-            rows, feature, value = rows[fires_kept], feature[fires_kept], value[fires_kept]
-        else:
-            left_rows = left_feature = _NONE
-        by_id = is_special[left_rows] & exclude_special
-        far = np.zeros(len(x), dtype=bool)
+        counts = kept_at_all(blocks, first, last, found, exclusions).cpu().numpy().reshape(-1)
+        real = np.flatnonzero(counted_positions(blocks, first, last).numpy().reshape(-1))
+        is_kept = counts[real]
+        kept, left_out = real[is_kept], real[~is_kept]
+        # One call for all of them, those that do not count behind the others: they are few.
+        x = found[sae.hook_name].flatten(0, 1)
+        x = x.index_select(0, torch.from_numpy(np.concatenate([kept, left_out])).to(x.device)).to(sae.b_dec)
+        codes = sae.encode(x)
+        rows, feature, value = _entries(codes.row_slice(0, len(kept)))
+        left_rows, left_feature, _ = _entries(codes.row_slice(len(kept), len(x)))
+
+        ids = blocks.ids[first:last].reshape(-1).astype(np.int64)
+        special_kept, special_left = (np.isin(ids[places], all_special) for places in (kept, left_out))
+        by_id = special_left[left_rows] & exclude_special
+        far = np.zeros(len(kept), dtype=bool)
         if outlier_norm < float("inf"):
-            far = (norms(x) > outlier_norm).cpu().numpy() & ~is_special
+            far = (norms(x[: len(kept)]) > outlier_norm).cpu().numpy() & ~special_kept
+        kept += first * blocks.context_length
         return Encoded(
-            place[rows],
+            kept[rows],
             feature,
             value,
-            kept=place[is_kept],
+            kept=kept,
             special=left_feature[by_id],
-            special_id=ids[left_rows[by_id]],
+            special_id=ids[left_out[left_rows[by_id]]],
             outlier=left_feature[~by_id],
-            kept_special=place[is_kept & is_special],
-            kept_outlier=place[is_kept & far],
+            kept_special=kept[special_kept],
+            kept_outlier=kept[far],
         )
 
     return encode
+
+
+def _entries(codes: SparseCodes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and features, int64, and values, float32, of all entries, row by row."""
+    rows, feature, value = (entry.cpu().numpy() for entry in codes.entries())
+    return rows, feature, value.astype(np.float32, copy=False)
 
 
 def usual_outlier_norm(

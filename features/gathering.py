@@ -58,7 +58,7 @@ class Gathering:
         self.misses = ExampleTable(d_sae, NEAR_MISSES + _SPARE_MISSES, one_per_document=True)
         self.tokens = PairCounts(d_vocab, folder / "tokens", summed=True)
         self.nexts = PairCounts(d_vocab, folder / "nexts", summed=False)
-        self.coactive = Coactivation(d_sae, blocks.ids.size, folder / "coactive")
+        self.coactive = Coactivation(d_sae, blocks.ids.size)
         self._ids = blocks.ids.reshape(-1)
         self._document_of = blocks.documents.reshape(-1)
         self._context_length = blocks.context_length
@@ -79,20 +79,26 @@ class Gathering:
         self.vocabulary_count += np.bincount(self._ids[firings.kept], minlength=len(self.vocabulary_count))
         feature, position, value = firings.feature, firings.position, firings.value
         self.statistics.add(firings)
-        document = self._document_of[position]
-        token = self._ids[position].astype(np.int64)
+        # What is known of each position of this stretch is made once, and looked up for every firing.
+        stretch = slice(firings.first, firings.first + firings.n_places)
+        ids, documents = self._ids[stretch].astype(np.int64), self._document_of[stretch]
+        follower = np.full(len(ids), -1)
+        goes_on = documents[1:] == documents[:-1]
+        goes_on[self._context_length - 1 :: self._context_length] = False
+        follower[:-1][goes_on] = ids[1:][goes_on]
+        place = firings.place
+        document, token = documents[place], ids[place]
         self.tokens.add(feature, token, value)
-        follows = position % self._context_length < self._context_length - 1
-        follower = np.flatnonzero(follows)
-        follower = follower[self._document_of[position[follower] + 1] == document[follower]]
-        self.nexts.add(feature[follower], self._ids[position[follower] + 1].astype(np.int64))
+        next_token = follower[place]
+        followed = np.flatnonzero(next_token >= 0)
+        self.nexts.add(feature[followed], next_token[followed])
         self.places.add(firings, document, self._document_start)
         self.coactive.add(firings)
 
         strength, sampled = strength_rank(value), sampling_rank(feature, position)
         if len(firings.barred):
             is_special, is_outlier = (
-                np.isin(position, places) for places in (firings.kept_special, firings.kept_outlier)
+                firings.among(places) for places in (firings.kept_special, firings.kept_outlier)
             )
             self.special += np.bincount(feature[is_special], minlength=d_sae)
             self.outlier += np.bincount(feature[is_outlier], minlength=d_sae)
@@ -116,7 +122,6 @@ class Gathering:
             for name, array in self._arrays().items():
                 write_array(new / f"{name}.npy", array)
             facts = {name: getattr(self, name) for name in self._FACTS}
-            facts["n_sampled"] = self.coactive.n_sampled
             write_manifest(new, STATE, inputs, n_blocks=n_blocks, runs=runs, **facts)
         for pairs in self._pairs.values():
             if pairs.folder.is_dir():
@@ -129,7 +134,6 @@ class Gathering:
         manifest = read_manifest(state, STATE)
         for name in self._FACTS:
             setattr(self, name, manifest[name])
-        self.coactive.n_sampled = manifest["n_sampled"]
         for name, pairs in self._pairs.items():
             pairs.resume([(run, length) for run, length in manifest["runs"][name]])
         for part in self._parts:
@@ -165,7 +169,7 @@ class Gathering:
 
     @property
     def _pairs(self) -> dict[str, PairCounts]:
-        return {"tokens": self.tokens, "nexts": self.nexts, "coactive": self.coactive.pairs}
+        return {"tokens": self.tokens, "nexts": self.nexts}
 
     def _arrays(self) -> dict[str, np.ndarray]:
         groups: dict[str, Mapping[str, np.ndarray]] = {
@@ -178,13 +182,13 @@ class Gathering:
             "sample": self.sample.arrays(),
             "misses": self.misses.arrays(),
             "places": self.places.arrays(),
-            "coactive": {"count": self.coactive.count},
+            "coactive": self.coactive.arrays(),
         }
         return {f"{part}.{name}": array for part, arrays in groups.items() for name, array in arrays.items()}
 
     def _load(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
         target = self if part == "own" else getattr(self, part)
-        if isinstance(target, ExampleTable | Places):
+        if isinstance(target, ExampleTable | Places | Coactivation):
             target.load(arrays)
             return
         for name, array in arrays.items():

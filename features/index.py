@@ -15,21 +15,34 @@ import numpy as np
 
 from activations.blocks import PADDING, TokenBlocks
 from activations.errors import InputError
-from activations.files import read_manifest
+from activations.files import MANIFEST, read_manifest
 from activations.strings import StringTable
 from activations.tokenizer import byte_pieces
 from features.coactive import Coactive
-from features.layout import COUNTED, KIND, LAYOUT, N_BANDS, QUANTA, TEXT_ARRAYS, WINDOW, WINDOW_BEFORE
-from features.records import read_ahead, read_array
+from features.layout import (
+    ALL_COLUMNS,
+    COUNTED,
+    FEATURES,
+    IDS,
+    KIND,
+    LAYOUT,
+    N_BANDS,
+    QUANTA,
+    TEXT,
+    WINDOW,
+    WINDOW_BEFORE,
+)
+from features.records import fetch_beginnings, read_ahead, read_array, read_arrays
 from features.statistics import histogram_quantile
 from features.tags import Tag, rules_of
 from features.tokens_html import visible
-from features.weights import WeightIndex
+from features.weights import WEIGHTS, WeightIndex
 
 if TYPE_CHECKING:
     from features.run import Run
     from features.tables import FeatureTable
 
+_FILES = (FEATURES, ALL_COLUMNS, IDS, TEXT)
 _SHOWN_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _REMEMBERED = 16  # features
 _LONGEST_CHARACTER = 4
@@ -103,17 +116,20 @@ class FeatureIndex:
             InputError: the folder holds no finished index, a damaged one, or one of another SAE.
         """
         folder = Path(folder)
+        weights = (folder.parent / "weights", folder / "weights")
+        fetch_beginnings(folder / name for name in (MANIFEST, *_FILES))
+        fetch_beginnings(path / name for path in weights for name in (MANIFEST, WEIGHTS))
         manifest = read_manifest(folder, KIND)
         if sae_hash is not None and manifest["inputs"]["sae_hash"] != sae_hash:
             raise InputError(f"{folder} was made with another SAE: build the index of this one.")
         if manifest["inputs"].get("layout") != LAYOUT:
             raise InputError(f"{folder} was made by another version of saescope: build the index again.")
-        for name in ("columns", "features", *TEXT_ARRAYS):
-            if not (folder / f"{name}.npy").is_file():
-                raise InputError(f"{folder} lacks {name}.npy: build the index again.")
+        for name in _FILES:
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} lacks {name}: build the index again.")
         index = cls(folder, manifest)
         # All files of one index are mapped now: it may be built anew while this one is in use.
-        _ = index._columns, index._records, index._text, index.weights.records, index.blocks
+        _ = index._columns, index._records, index._text, index._ids, index._counted, index.weights.records
         return index
 
     def of_run(self, run: "Run") -> "FeatureIndex":
@@ -209,15 +225,23 @@ class FeatureIndex:
 
     @cached_property
     def _columns(self) -> np.ndarray:
-        return read_array(self.folder / "columns.npy")
+        return read_array(self.folder / ALL_COLUMNS)
 
     @cached_property
     def _records(self) -> np.ndarray:
-        return read_array(self.folder / "features.npy")
+        return read_array(self.folder / FEATURES)
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        return read_array(self.folder / IDS)
+
+    @cached_property
+    def _counted(self) -> np.ndarray | None:
+        return read_array(self.folder / COUNTED) if self.manifest["counted"] else None
 
     @cached_property
     def _text(self) -> dict[str, np.ndarray]:
-        return {name: read_array(self.folder / f"{name}.npy") for name in TEXT_ARRAYS}
+        return read_arrays(self.folder / TEXT)
 
     @cached_property
     def weights(self) -> WeightIndex:
@@ -242,16 +266,14 @@ class FeatureIndex:
     @cached_property
     def blocks(self) -> TokenBlocks:
         """The text of the index."""
-        ids = self._text["ids"]
         starts = self._text["run_start"]
-        documents = np.repeat(self._text["run_document"], np.diff(starts, append=ids.size))
+        documents = np.repeat(self._text["run_document"], np.diff(starts, append=self._ids.size))
         facts = {name: self.manifest[name] for name in ("split", "packing", "bos")}
-        counted = read_array(self.folder / f"{COUNTED}.npy") if self.manifest["counted"] else None
         return TokenBlocks(
-            ids=ids,
-            documents=documents.reshape(ids.shape),
+            ids=self._ids,
+            documents=documents.reshape(self._ids.shape),
             names=list(self._documents),
-            counted=counted,
+            counted=self._counted,
             **facts,
         )
 
@@ -377,14 +399,15 @@ class FeatureIndex:
 
         A character that is spread over several tokens stands at the first of them, the others are "".
         """
-        context = self._text["ids"].shape[1]
+        context = self._ids.shape[1]
         block = start - start % context
         # A character may begin before the first of them, or end after the last.
         begin = max(start - _LONGEST_CHARACTER + 1, block)
         end = min(stop + _LONGEST_CHARACTER - 1, block + context)
-        ids = self._text["ids"].reshape(-1)[begin:end].tolist()
-        shown = [self._shown(i) for i in ids]
-        if not any("<0x" in text for text in shown):
+        ids = self._ids.reshape(-1)[begin:end].tolist()
+        seen = self._seen_tokens
+        shown = [seen[i] if i in seen else self._shown(i) for i in ids]
+        if "<0x" not in "".join(shown):
             return shown[start - begin : stop - begin]
         return byte_pieces([self._token_bytes(i) for i in ids])[start - begin : stop - begin]
 
@@ -434,7 +457,7 @@ class FeatureIndex:
         places = [record[f"{group}_position"].reshape(-1) for group in ("top", "range", "miss")]
         position = np.concatenate(places).astype(np.int64)
         position = position[position >= 0]
-        ids = self._text["ids"].reshape(-1)
+        ids = self._ids.reshape(-1)
         read_ahead(ids, (position - WINDOW_BEFORE).clip(min=0), (position + WINDOW).clip(max=len(ids)))
         return record
 
@@ -469,32 +492,29 @@ class FeatureIndex:
         value = np.zeros_like(scale)
         if group != "miss":
             value = record[f"{group}_value"] if band is None else record[f"{group}_value"][band]
-        return [
-            self._example(
-                int(position[i]), float(value[i]), window[i] * (scale[i] / np.float32(QUANTA)), width
-            )
-            for i in np.flatnonzero(position >= 0)
-        ]
+        there = position >= 0
+        places = position[there].astype(np.int64)
+        starts, stops, documents = self._surroundings(places, width)
+        activations = window[there].astype(np.float32) * (scale[there, None] / np.float32(QUANTA))
+        examples = []
+        for i, (place, start, stop) in enumerate(zip(places.tolist(), starts, stops, strict=True)):
+            first = start - place + WINDOW_BEFORE
+            around, peak = activations[i, first : first + stop - start].copy(), place - start
+            around[peak] = value[there][i]
+            name, tokens = self._documents[documents[i]], self.pieces(start, stop)
+            examples.append(Example(name, place, tokens, around, peak, float(value[there][i])))
+        return examples
 
-    def _example(self, position: int, value: float, window: np.ndarray, width: int) -> Example:
-        """``window``: float32 [WINDOW], activations from ``position - WINDOW_BEFORE`` on."""
-        context = self._text["ids"].shape[1]
+    def _surroundings(self, position: np.ndarray, width: int) -> tuple[list[int], list[int], list[int]]:
+        """The first position of ``width`` around each of some, the one behind the last, and the document's number."""
+        context = self._ids.shape[1]
         block = position - position % context
         before = (width - 1) * WINDOW_BEFORE // (WINDOW - 1)
-        start = max(position - before, block)
-        stop = min(position - before + width, block + context)
-        padding = np.searchsorted(self._padding_starts, position)
-        if padding < len(self._padding_starts):
-            stop = min(stop, int(self._padding_starts[padding]))
+        start = np.maximum(position - before, block)
+        stop = np.minimum(position - before + width, block + context)
         run = np.searchsorted(self._text["run_start"], position, side="right") - 1
-        first = start - position + WINDOW_BEFORE
-        activations = window[first : first + stop - start].astype(np.float32)
-        activations[position - start] = value
-        return Example(
-            document=self._documents[int(self._text["run_document"][run])],
-            position=position,
-            tokens=self.pieces(start, stop),
-            activations=activations,
-            peak=position - start,
-            value=value,
-        )
+        if len(self._padding_starts):
+            padding = np.searchsorted(self._padding_starts, position)
+            next_padding = self._padding_starts[padding.clip(max=len(self._padding_starts) - 1)]
+            stop = np.where(padding < len(self._padding_starts), np.minimum(stop, next_padding), stop)
+        return start.tolist(), stop.tolist(), self._text["run_document"][run].tolist()

@@ -7,9 +7,10 @@ however many features there are:
 * ``features.npy``: :func:`feature_record`, everything else that its firings tell.
 
 What follows from the weights alone lies in a folder of its own (:mod:`features.weights`), and beside the records lies
-the text: ``ids`` ``[n_blocks, context_length]``; ``run_start`` and ``run_document``, runs of positions of one document
-(-1 is padding); ``vocabulary_count``, how often each token stands where positions count; ``vocabulary`` and
-``documents`` (and ``…_offsets``), see :class:`activations.strings.StringTable`.
+the text: ``ids.npy`` ``[n_blocks, context_length]``, ``counted.npy`` of that shape where not every token counts, and
+``text.safetensors`` with ``run_start`` and ``run_document``, runs of positions of one document (-1 is padding);
+``vocabulary_count``, how often each token stands where positions count; ``vocabulary`` and ``documents`` (and
+``…_offsets``), see :class:`activations.strings.StringTable`.
 
 A position is block · context_length + place in the block; an unused place has position or id -1.
 """
@@ -17,7 +18,7 @@ A position is block · context_length + place in the block; an unused place has 
 import numpy as np
 
 KIND = "feature index"
-LAYOUT = 3
+LAYOUT = 4
 """Grows when the files change; an index of another layout is built again."""
 
 TOP_EXAMPLES = 20
@@ -59,12 +60,8 @@ COLUMNS = np.dtype(
     ]
 )
 
-COUNTED = "counted"
-"""An array of the text that is there where not every token counts: bool ``[n_blocks, context_length]``."""
-TEXT_ARRAYS = (
-    *("ids", "run_start", "run_document", "vocabulary_count"),
-    *("vocabulary", "vocabulary_offsets", "documents", "documents_offsets"),
-)
+FEATURES, ALL_COLUMNS, IDS, COUNTED = "features.npy", "columns.npy", "ids.npy", "counted.npy"
+TEXT = "text.safetensors"
 
 
 def feature_record(n_positions: int) -> np.dtype:

@@ -1,7 +1,7 @@
 """How often pairs occur: feature and token, feature and feature. Exact, however many there are.
 
-Counts are kept as sorted runs, first in memory, then in files. Two runs are merged when they are of similar length, so
-that every pair is moved about log2(number of runs) times, and memory does not grow with the text.
+Counts are kept as sorted runs, first in memory, then in files. Files are merged when there are several of similar
+length, so that every pair is moved about log8(number of files) times, and memory does not grow with the text.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,8 @@ SORTED_AT_ONCE = 1 << 20
 """Pairs that wait to be sorted together."""
 PAIRS_IN_MEMORY = 2 << 20
 """Distinct pairs above which a run goes to disk."""
-_PAIRS_AT_ONCE = 1 << 20  # of every run, when files are merged
+_MERGED_FILES = 8
+_PAIRS_AT_ONCE = 1 << 17  # of every file, when files are merged
 
 
 class Tally(NamedTuple):
@@ -117,46 +118,44 @@ class PairCounts:
         return Tally(*columns, *(() if self.summed else (_NO_TOTAL,)))
 
     def _put(self, run: Tally) -> None:
-        runs = self._in_memory
-        runs.append(run)
-        while len(runs) > 1 and 2 * len(runs[-1].key) >= len(runs[-2].key):
-            self._merge_in_memory()
-        if sum(len(run.key) for run in runs) > PAIRS_IN_MEMORY:
-            self._in_memory_to_disk()
+        self._in_memory.append(run)
+        if sum(len(run.key) for run in self._in_memory) > PAIRS_IN_MEMORY:
+            merged = _merged(self._in_memory)
+            self._in_memory = [merged]
+            if (
+                len(merged.key) > PAIRS_IN_MEMORY // 2
+            ):  # otherwise there is room for many more before the next time
+                self._in_memory_to_disk()
 
     def _in_memory_to_disk(self) -> None:
-        while len(self._in_memory) > 1:
-            self._merge_in_memory()
-        if self._in_memory:
-            self._to_disk(self._in_memory.pop())
-
-    def _merge_in_memory(self) -> None:
-        newer, older = self._in_memory.pop(), self._in_memory.pop()
-        self._in_memory.append(_merged([older, newer]))
-
-    def _to_disk(self, run: Tally) -> None:
+        if not self._in_memory:
+            return
+        run = _merged(self._in_memory)
+        self._in_memory = []
         self._write(len(run.key), lambda: iter([run]))
-        while len(self._on_disk) > 1 and 2 * self._on_disk[-1][1] >= self._on_disk[-2][1]:
+        while len(tail := self._on_disk[-_MERGED_FILES:]) == _MERGED_FILES and all(
+            length <= 2 * tail[-1][1] for _, length in tail
+        ):
             self._merge_on_disk()
 
     def _merge_on_disk(self) -> None:
-        """Merge the last two files, range by range; the old ones stay until :attr:`files` is asked for."""
-        older, newer = (self._open(path) for path, _ in self._on_disk[-2:])
+        """Merge the last files, range by range; the old ones stay until :attr:`files` is asked for."""
+        files = [self._open(path) for path, _ in self._on_disk[-_MERGED_FILES:]]
 
         def ranges() -> Iterator[Tally]:
-            at = [0, 0]
-            while any(start < len(run.key) for start, run in zip(at, (older, newer), strict=True)):
+            at = [0] * len(files)
+            while any(start < len(run.key) for start, run in zip(at, files, strict=True)):
                 bound = min(
                     int(run.key[min(start + _PAIRS_AT_ONCE, len(run.key)) - 1]) + 1
-                    for start, run in zip(at, (older, newer), strict=True)
+                    for start, run in zip(at, files, strict=True)
                     if start < len(run.key)
                 )
-                to = [int(np.searchsorted(run.key, bound)) for run in (older, newer)]
-                yield _merged([_between(older, at[0], to[0]), _between(newer, at[1], to[1])])
+                to = [int(np.searchsorted(run.key, bound)) for run in files]
+                yield _merged([_between(run, *span) for run, *span in zip(files, at, to, strict=True)])
                 at = to
 
         length = sum(len(run.key) for run in ranges())
-        del self._on_disk[-2:]
+        del self._on_disk[-_MERGED_FILES:]
         self._write(length, ranges)
 
     def _write(self, length: int, runs: Callable[[], Iterator[Tally]]) -> None:
@@ -217,8 +216,8 @@ def _merged(runs: list[Tally]) -> Tally:
     if not runs:
         return Tally(np.zeros(0, np.int64), np.zeros(0, np.int64), _NO_TOTAL)
     key, times, total = (np.concatenate(columns) for columns in zip(*runs, strict=True))
-    key, order = _sorted(key)
-    return _summed(Tally(key, times[order], total[order] if len(total) else _NO_TOTAL))
+    order = np.argsort(key, kind="stable")  # which finds that these are runs, and merges them
+    return _summed(Tally(key[order], times[order], total[order] if len(total) else _NO_TOTAL))
 
 
 def _sorted(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -47,7 +47,7 @@ class Places:
         begins = np.ones(len(firings.kept), dtype=bool)  # a stretch of text begins with a block
         begins[1:] = kept_document[1:] != kept_document[:-1]
         begins[1:] |= np.diff(firings.kept // self._context_length) != 0
-        at_start = np.isin(firings.position, firings.kept[begins], assume_unique=False)
+        at_start = firings.among(firings.kept[begins])
         d_sae = len(self.starts)
         self.starts += np.bincount(firings.feature[at_start], minlength=d_sae)
 

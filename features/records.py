@@ -1,9 +1,14 @@
-"""Files of records, one for each feature: written block by block, so that they need not fit in memory."""
+"""The files of an index: records, one for each feature, written block by block since they need not fit in memory; and
+several small arrays in one file.
+"""
 
 import io
+import json
+import math
 import mmap
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from activations.files import write_parts
 
 READ_WHOLE = 1 << 20
 """Bytes of a file that is fetched as a whole, while the next ones are opened."""
+_BEGINNING = 1 << 16  # bytes
 _PARSING = threading.Lock()
 """numpy parses headers with :mod:`ast`, which in CPython 3.11 fails now and then in two threads at once."""
 
@@ -38,7 +44,7 @@ def write_records(path: Path, dtype: np.dtype, shape: tuple[int, ...], blocks: I
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Map a ``.npy`` file into memory; ``np.load`` takes three times as long, and a page reads a dozen files.
+    """Map a ``.npy`` file into memory; ``np.load`` takes three times as long, and a page reads several files.
 
     Raises:
         InputError: it is missing or damaged.
@@ -49,12 +55,79 @@ def read_array(path: Path) -> np.ndarray:
                 raise ValueError("written by another version of numpy")
             with _PARSING:
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if len(mapped) <= READ_WHOLE and hasattr(mmap, "MADV_WILLNEED"):
-                mapped.madvise(mmap.MADV_WILLNEED)  # so that the disk has several requests at once
-            return np.ndarray(shape, dtype, mapped, file.tell())
+            return np.ndarray(shape, dtype, _mapped(file.fileno()), file.tell())
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}): build the index again.") from None
+        raise _unreadable(path, error) from None
+
+
+_SAFETENSORS_NAMES = {"int64": "I64", "int32": "I32", "uint8": "U8"}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write several arrays, int64, int32 or uint8, as one safetensors file, atomically."""
+    # Wide numbers first, so that each array begins at a multiple of its item size.
+    ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in ordered.items():
+        start, end = end, end + array.nbytes
+        kind = _SAFETENSORS_NAMES[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    contents = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in ordered.values())
+    write_parts(path, [len(text).to_bytes(8, "little"), text, *contents])
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Map what :func:`write_arrays` wrote into memory.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    dtypes = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header, begin = json.loads(file.read(length)), 8 + length
+            mapped = _mapped(file.fileno())
+        arrays = {}
+        for name, described in header.items():
+            shape, dtype = described["shape"], np.dtype(dtypes[described["dtype"]])
+            start, end = described["data_offsets"]
+            if end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError("its header contradicts itself")
+            arrays[name] = np.ndarray(shape, dtype, mapped, begin + start)
+        return arrays
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _mapped(handle: int) -> mmap.mmap:
+    mapped = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+    if len(mapped) <= READ_WHOLE and hasattr(mmap, "MADV_WILLNEED"):
+        mapped.madvise(mmap.MADV_WILLNEED)  # so that the disk has several requests at once
+    return mapped
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read ({error}): build the index again.")
+
+
+def fetch_beginnings(paths: Iterable[Path]) -> None:
+    """Have the system fetch the beginnings of files that will be read one after the other, all at once; those that are
+    not there are left out."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            os.posix_fadvise(handle, 0, _BEGINNING, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
 
 
 def read_ahead(array: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sae.model import SparseAutoencoder
 
 KIND = "weight index"
+WEIGHTS = "weights.npy"
 MAP = "map.npz"
 LENS_TOKENS = 20
 NEIGHBOURS = 50
@@ -85,7 +86,7 @@ class WeightIndex:
     @cached_property
     def records(self) -> np.ndarray:
         """[d_sae] records, mapped from the file; see :func:`weight_record`."""
-        return read_array(self.folder / "weights.npy")
+        return read_array(self.folder / WEIGHTS)
 
     @property
     def decoder_map(self) -> np.ndarray | None:
@@ -140,7 +141,7 @@ def build_weights(
         f"The disk has too little room for {folder}, {sae.d_sae * dtype.itemsize / 1e6:,.1f} MB: free some."
     )
     with room_needed(no_space), new_folder(folder) as new:
-        write_records(new / "weights.npy", dtype, (sae.d_sae,), blocks())
+        write_records(new / WEIGHTS, dtype, (sae.d_sae,), blocks())
         facts = {"d_sae": sae.d_sae, "logit_lens": reading is not None, "neighbours": with_neighbours}
         write_manifest(new, KIND, inputs, **facts)
     return WeightIndex.open(folder)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Literal
 
+import copy
+
 import pytest
 import torch
 from tiny_models import (
@@ -275,8 +277,9 @@ def test_existing_bridge() -> None:
 
     hf_model = tiny_hf_model("llama", "eager")
     plain = LanguageModel.from_hf(tiny_hf_model("llama", "eager"), tiny_tokenizer(), "tiny")
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # it is given a beginning-of-text token
     bridge = build_bridge_from_module(
-        hf_model, "LlamaForCausalLM", hf_config=hf_model.config, tokenizer=tiny_tokenizer(), model_name="mine"
+        hf_model, "LlamaForCausalLM", hf_config=hf_model.config, tokenizer=tokenizer, model_name="mine"
     )
     model = LanguageModel.from_bridge(bridge)
     ids = random_ids(2, 8)

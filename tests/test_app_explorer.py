@@ -474,13 +474,43 @@ def test_a_port_that_somebody_takes_first_is_left_to_them(
         ):
             pass
         found, next_free_port = iter([taken]), launch.next_free_port
-        monkeypatch.setattr(launch, "next_free_port", lambda: next(found, None) or next_free_port(taken))
+        monkeypatch.setattr(
+            launch, "next_free_port", lambda first: next(found, None) or next_free_port(first)
+        )
         with launch.served(run_folder) as server:
             port = int(server.address.removeprefix(f"http://{launch.HOST}:"))
             assert port > taken
             with urllib.request.urlopen(server.address, timeout=10) as page:
                 assert b"streamlit" in page.read().lower()
         stranger.shutdown()
+
+
+@pytest.mark.parametrize("n_failures", [2, 3])
+def test_a_server_that_ends_at_its_start_is_tried_again_on_other_ports(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, n_failures: int
+) -> None:
+    """Whoever took the port may have left it again, so what is wrong cannot be seen by looking at it."""
+    ports, command = [], launch.command
+
+    def failing(folder: Path, port: int) -> list[str]:
+        ports.append(port)
+        return (
+            [sys.executable, "-c", "raise SystemExit(1)"]
+            if len(ports) <= n_failures
+            else command(folder, port)
+        )
+
+    monkeypatch.setattr(launch, "command", failing)
+    if n_failures < 3:
+        with launch.served(run_folder) as server:
+            assert server.address == f"http://{launch.HOST}:{ports[-1]}"
+    else:
+        with (
+            pytest.raises(InputError, match="ended at its start, with exit status 1"),
+            launch.served(run_folder),
+        ):
+            pass
+    assert len(ports) == len(set(ports)) == 3
 
 
 def test_no_module_of_the_explorer_hides_another() -> None:
