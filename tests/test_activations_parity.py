@@ -1,10 +1,9 @@
 """The SDPA path against TransformerLens' bridge, transformers' own hidden states, and sums."""
 
+import copy
 from collections.abc import Iterator
 from functools import cache
 from typing import Literal
-
-import copy
 
 import pytest
 import torch
