@@ -231,6 +231,8 @@ def single_threaded_workers(n_workers: int) -> ThreadPoolExecutor:
     everyone = threading.Barrier(n_workers)
 
     def start() -> None:
+        # Asked for the first time in a thread, PyTorch sets the default there, over what was set before.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         everyone.wait()
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from activations.blocks import TokenBlocks
+from activations.capture import in_order
 from activations.errors import InputError
 from activations.files import (
     MANIFEST,
@@ -255,13 +257,14 @@ def _records(
     d_sae, d_vocab = len(columns), len(vocabulary)
     ids = blocks.ids.reshape(-1)
     tokens, nexts, pairs = (
-        counts.of_features(feature_blocks(d_sae))
-        for counts in (gathered.tokens, gathered.nexts, gathered.coactive)
+        counts.by_feature() for counts in (gathered.tokens, gathered.nexts, gathered.coactive)
     )
     sampled = gathered.coactive.count
     is_numeric = np.array([text.strip().isdigit() for text in vocabulary])
     is_space = np.array([text.isspace() for text in vocabulary])
-    for features, of_token, of_next, of_pair in zip(feature_blocks(d_sae), tokens, nexts, pairs, strict=True):
+
+    def record_of(features: slice) -> np.ndarray:
+        of_token, of_next, of_pair = tokens(features), nexts(features), pairs(features)
         record = np.zeros(features.stop - features.start, dtype)
         column = columns[features]
         statistics = gathered.statistics
@@ -318,7 +321,9 @@ def _records(
             }
         )
         columns[features] = column
-        yield record
+        return record
+
+    yield from in_order(torch.device("cpu"), record_of, feature_blocks(d_sae))
 
 
 def _weight_measures(

@@ -4,7 +4,7 @@ On a sampled position every pair of firing features counts once; :mod:`features.
 sample is small, so it is kept as it is, and its pairs are counted when everything has been read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,6 +18,7 @@ SAMPLED_POSITIONS = 30_000
 MOST_PER_POSITION = 64
 """Of the features that fire at a position, so many take part, the strongest: pairs grow with their square."""
 _PAIRS_AT_ONCE = 1 << 22
+_NO_PAIRS = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 class Coactivation:
@@ -61,38 +62,40 @@ class Coactivation:
         """Sampled positions at which each feature fires (and takes part): int64 ``[d_sae]``."""
         return np.bincount(_joined(self._features, np.int32), minlength=self.d_sae)
 
-    def of_features(self, blocks: Iterator[slice]) -> Iterator[Tally]:
-        """The pairs with a first member in each of consecutive ranges of features; each pair stands in both orders."""
+    def by_feature(self) -> Callable[[slice], Tally]:
+        """A function that counts the pairs whose first member is in a range of features, each pair in both orders."""
         features, n_firing = _joined(self._features, np.int32), _joined(self._n_firing, np.int64)
         position = np.repeat(np.arange(len(n_firing)), n_firing)
-        starts = n_firing.cumsum() - n_firing
+        together = np.full((len(n_firing), int(n_firing.max(initial=0))), -1, np.int32)
+        together[position, place_in_group(position)] = features
         by_feature = np.argsort(features, kind="stable")
-        n_pairs = np.bincount(features, weights=n_firing[position], minlength=self.d_sae)
-        entries_below, pairs_below = (
-            np.append(0, counts.cumsum()).astype(np.int64) for counts in (self.count, n_pairs)
-        )
+        owner, at = features[by_feature], position[by_feature]
+        below = np.append(0, self.count.cumsum())
 
-        def counted(first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-            some = by_feature[entries_below[first] : entries_below[stop]]
-            n = n_firing[position[some]]
-            one = np.repeat(some, n)
-            other = np.arange(len(one)) + np.repeat(starts[position[some]] - (n.cumsum() - n), n)
-            apart = one != other
-            key = features[one[apart]].astype(np.int64) * self.d_sae
-            key += features[other[apart]]
+        def counted(first: int, last: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+            """Those of entries ``first`` to ``last``. Keys count from feature ``start`` on: most fit 32 bits then."""
+            own, others = owner[first:last, None], together[at[first:last]]
+            n_keys = (int(own[-1, 0]) + 1 - start) * self.d_sae
+            base = (own.astype(np.int64) - start) * self.d_sae
+            key = (base.astype(np.int32) if n_keys < 1 << 31 else base) + others
+            key = key[(others >= 0) & (others != own)]
             key.sort()
             begins = group_starts(key)
-            return key[begins], np.diff(begins, append=len(key))
+            return key[begins].astype(np.int64) + start * self.d_sae, np.diff(begins, append=len(key))
 
-        for block in blocks:
-            parts, first = [], block.start
-            while first < block.stop:
-                enough = np.searchsorted(pairs_below, pairs_below[first] + _PAIRS_AT_ONCE, side="right") - 1
-                stop = min(max(int(enough), first + 1), block.stop)
-                parts.append(counted(first, stop))
-                first = stop
+        def of(block: slice) -> Tally:
+            enough = max(_PAIRS_AT_ONCE // max(together.shape[1], 1), 1)
+            parts, first, end = [_NO_PAIRS], int(below[block.start]), int(below[block.stop])
+            while first < end:
+                # Whole features, at least one.
+                last = int(below[np.searchsorted(below, first + enough, side="right") - 1])
+                last = min(max(last, int(below[owner[first] + 1])), end)
+                parts.append(counted(first, last, block.start))
+                first = last
             key, times = (np.concatenate(column) for column in zip(*parts, strict=True))
-            yield Tally(key, times, np.zeros(0))
+            return Tally(key, times, np.zeros(0))
+
+        return of
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything that it holds, by name."""

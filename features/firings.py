@@ -267,9 +267,10 @@ def _encoder(
     }
     exclude_special = bool(exclusions[sae.hook_name].special_ids)
     all_special = sorted(model.tokenizer.special_ids)
+    read = _reader(model, list(exclusions), blocks, store)
 
     def encode(first: int, last: int) -> Encoded:
-        found = _activations(model, list(exclusions), blocks, store, first, last)
+        found = read(first, last)
         counts = kept_at_all(blocks, first, last, found, exclusions).cpu().numpy().reshape(-1)
         real = np.flatnonzero(counted_positions(blocks, first, last).numpy().reshape(-1))
         is_kept = counts[real]
@@ -318,26 +319,28 @@ def usual_outlier_norm(
     if rule.max_norm < float("inf"):
         return float("inf")
     stop = min(NORM_BLOCKS, blocks.n_blocks)
-    x = _activations(model, [sae.hook_name], blocks, store, 0, stop)[sae.hook_name]
+    x = _reader(model, [sae.hook_name], blocks, store)(0, stop)[sae.hook_name]
     is_special = torch.from_numpy(np.isin(blocks.ids[:stop], sorted(model.tokenizer.special_ids)))
     counts = counted_positions(blocks, 0, stop) & ~is_special
     length = norms(x[counts.to(x.device)])
     return OUTLIER_FACTOR * float(length.median()) if len(length) else float("inf")
 
 
-def _activations(
-    model: LanguageModel,
-    hook_names: list[str],
-    blocks: TokenBlocks,
-    store: HookActivations | None,
-    first: int,
-    last: int,
-) -> dict[str, Tensor]:
-    """Activations of some blocks, ``[last - first, context, width]`` by hook; what the store lacks is computed."""
-    held = [] if store is None else [name for name in hook_names if name in store.store.hook_names]
+def _reader(
+    model: LanguageModel, hook_names: list[str], blocks: TokenBlocks, store: HookActivations | None
+) -> Callable[[int, int], dict[str, Tensor]]:
+    """A function that gives activations of blocks ``first`` to ``last``: ``[last - first, context, width]`` by hook.
+
+    What the store lacks is computed.
+    """
+    held = {} if store is None else {n: store.store.at(n) for n in hook_names if n in store.store.hook_names}
     missing = [name for name in hook_names if name not in held]
-    found = {} if store is None else {name: store.store.at(name).read(first, last) for name in held}
-    return found | (capture_range(model, blocks, missing, (first, last)) if missing else {})
+
+    def read(first: int, last: int) -> dict[str, Tensor]:
+        found = {name: at_hook.read(first, last) for name, at_hook in held.items()}
+        return found | (capture_range(model, blocks, missing, (first, last)) if missing else {})
+
+    return read
 
 
 def _grouped(items: Iterable[T], enough: int, size: Callable[[T], int]) -> Iterator[list[T]]:

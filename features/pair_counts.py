@@ -96,13 +96,16 @@ class PairCounts:
         numbers = [int(name.rsplit("-", 1)[1]) for name, _ in runs]
         self._n_written = max([self._n_written, *(number + 1 for number in numbers)])
 
-    def of_features(self, blocks: Iterator[slice]) -> Iterator[Tally]:
-        """The pairs with a first member in each of consecutive ranges."""
+    def by_feature(self) -> Callable[[slice], Tally]:
+        """A function that gives the pairs whose first member is in a range."""
         self.spill()
         files = [self._open(path) for path, _ in self._on_disk]
-        for block in blocks:
+
+        def of(block: slice) -> Tally:
             bounds = np.array([block.start, block.stop]) * self.n_second
-            yield _merged([_between(file, *np.searchsorted(file.key, bounds)) for file in files])
+            return _merged([_between(file, *np.searchsorted(file.key, bounds)) for file in files])
+
+        return of
 
     @property
     def files(self) -> set[Path]:

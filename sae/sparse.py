@@ -24,7 +24,7 @@ from sae.kernels.choice import Kernels, narrow, selecting, serving
 from sae.mesh import mesh_in_force
 from sae.workers import n_workers, share
 
-_TILE_ROWS = 1024  # the product then runs at its full rate (every tile packs the weights once more)
+_ROWS_PER_THREAD = 512  # the product then runs at its full rate (every tile packs the weights once more)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
 _BLOCK_WIDTH = 4096  # features: tiles so wide are high enough for the product to run at its full rate
 _RUNS, _LATER_RUNS = 8, 4
@@ -42,7 +42,8 @@ def tile_rows(d_sae: int, itemsize: int = 4, device_type: str = "cpu") -> int:
     """
     if device_type != "cpu":
         return max(16, (512 << 20) // (d_sae * itemsize))
-    return max(16, min(_TILE_ROWS, _TILE_BYTES // (d_sae * itemsize)))
+    rows = _ROWS_PER_THREAD * min(torch.get_num_threads(), 2)
+    return max(16, min(rows, _TILE_BYTES // (d_sae * itemsize)))
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

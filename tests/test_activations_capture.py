@@ -13,6 +13,7 @@ from activations.capture import (
     capture_ranges,
     counted_positions,
     single_threaded,
+    single_threaded_workers,
 )
 from activations.config import ExclusionRule
 from activations.edits import Edit
@@ -39,6 +40,21 @@ def test_captured_batches_are_in_order_and_equal_one_by_one(model: LanguageModel
             expected = model.capture(blocks.ids_tensor(start, stop), hooks)
         for hook in hooks:
             assert torch.equal(activations[hook], expected[hook])
+
+
+def test_a_worker_computes_on_one_thread_whatever_it_has_computed_before() -> None:
+    """PyTorch forgets the setting of a thread that has not asked for it, at its first operator that runs in parallel."""
+    setting = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with single_threaded_workers(2) as pool:
+            for _ in range(2):
+                large = [pool.submit(lambda: torch.ones(1 << 18).exp_().sum()) for _ in range(4)]
+                assert all(future.result() > 0 for future in large)
+                assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(setting)
 
 
 def test_capture_keeps_the_number_of_threads_and_stops_when_nobody_listens(model: LanguageModel) -> None:

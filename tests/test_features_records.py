@@ -93,7 +93,7 @@ def test_pairs_are_counted_exactly_however_often_they_are_spilled(
             counts = PairCounts(50, tmp_path, summed=summed)
             counts.resume(runs)
         most_files = max(most_files, len(counts.spill()))
-    found = list(counts.of_features(iter([slice(0, 11), slice(11, 12), slice(12, 30)])))
+    found = list(map(counts.by_feature(), [slice(0, 11), slice(11, 12), slice(12, 30)]))
     key = np.concatenate([tally.key for tally in found])
     assert [tuple(pair) for pair in np.stack(np.divmod(key, 50), axis=1).tolist()] == sorted(times)
     assert np.concatenate([tally.times for tally in found]).tolist() == [
@@ -121,7 +121,7 @@ def test_features_that_fire_together_are_counted_as_by_a_matrix_product(seed: in
         together.add(Firings.of([part], context))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(coactivation, "_PAIRS_AT_ONCE", at_once)
-        tallies = list(together.of_features(iter([slice(0, 3), slice(3, 7)])))
+        tallies = list(map(together.by_feature(), [slice(0, 3), slice(3, 7)]))
     found = np.zeros((d_sae, d_sae), np.int64)
     for tally in tallies:
         assert (np.diff(tally.key) > 0).all()
