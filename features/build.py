@@ -37,7 +37,7 @@ from activations.store import HookActivations
 from activations.strings import StringTable
 from features.coactive import jaccard
 from features.examples import feature_blocks, quantile_bands
-from features.firings import stream_firings, usual_outlier_norm
+from features.firings import Firings, stream_firings, usual_outlier_norm
 from features.gathering import STATE, Gathering
 from features.groups import group_starts, run_starts
 from features.index import FeatureIndex
@@ -166,6 +166,12 @@ class _Job:
             stop=bounds[1],
             outlier_norm=usual_outlier_norm(self.model, self.sae, self.blocks, self.activations),
         )
+
+        def take(firings: Firings, n_blocks: int | None) -> None:
+            if n_blocks is not None:
+                gathered.save(self._inputs(rank), n_blocks)
+            gathered.add(firings)
+
         unsaved = 0
         # While one stretch of text is encoded, what the one before it told is taken in.
         with (
@@ -177,10 +183,9 @@ class _Job:
             for firings, n_blocks in stream:
                 if waiting is not None:
                     waiting.result()
-                if unsaved >= SAVE_EVERY:
-                    gathered.save(self._inputs(rank), start)
-                    unsaved = 0
-                waiting = beside.submit(gathered.add, firings)
+                save = unsaved >= SAVE_EVERY
+                waiting = beside.submit(take, firings, start if save else None)
+                unsaved = 0 if save else unsaved
                 start += n_blocks
                 unsaved += n_blocks * self.blocks.context_length
                 step(n_blocks * self.blocks.context_length)

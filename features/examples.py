@@ -27,9 +27,24 @@ def strength_rank(value: np.ndarray) -> np.ndarray:
 
 def sampling_rank(feature: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Ranks in an order that is random, but the same in every run: a hash of feature and position."""
-    mixed = splitmix64(splitmix64(position.astype(np.uint64)) ^ feature.astype(np.uint64))
+    return rank_of_hashes(feature_hash(feature), position_hash(position))
+
+
+def rank_of_hashes(of_feature: np.ndarray, of_position: np.ndarray) -> np.ndarray:
+    """:func:`sampling_rank` of features and positions whose hashes are known: int64, of two uint64 arrays."""
+    mixed = of_feature ^ of_position
     mixed >>= np.uint64(64 - RANK_BITS)
     return np.minimum(mixed, np.uint64(UNUSED - 1), out=mixed).view(np.int64)
+
+
+def feature_hash(feature: np.ndarray) -> np.ndarray:
+    """uint64, of int64 numbers."""
+    return splitmix64(~feature.astype(np.uint64))
+
+
+def position_hash(position: np.ndarray) -> np.ndarray:
+    """uint64, of int64 numbers; other than the :func:`feature_hash` of the same."""
+    return splitmix64(position.astype(np.uint64))
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -70,14 +85,15 @@ class ExampleTable:
     """For every feature the ``capacity`` candidates with the smallest ranks; of equal ranks, the earlier ones.
 
     Attributes:
-        rank, position: int64 ``[d_sae, capacity]``, best first; the places left over have rank UNUSED, position -1.
-        value: float32, document: int32, of the same shape.
-        slot: int16, of the same shape: where the window and the scale of each example are.
-        scale: float32 ``[d_sae, capacity]``, window: uint8 ``[d_sae, capacity, WINDOW]``, by slot; see
-            :meth:`features.firings.Firings.windows`. They stay where they are while better examples come and go.
+        rank: int64 ``[d_sae, capacity]``, best first; the places left over have rank UNUSED.
+        slot: int16, of the same shape: where the rest of each example is, which stays there while better ones come and
+            go; each occurs once.
+        position: int64, value: float32, document: int32, scale: float32, of the same shape, and window: uint8
+            ``[d_sae, capacity, WINDOW]``, by slot; see :meth:`features.firings.Firings.windows`. Empty slots have
+            position and document -1.
     """
 
-    _BY_PLACE = ("rank", "position", "value", "document", "slot")
+    _ARRAYS = ("rank", "slot", "position", "value", "document", "scale", "window")
 
     def __init__(self, d_sae: int, capacity: int, *, one_per_document: bool) -> None:
         self.capacity = capacity
@@ -115,17 +131,17 @@ class ExampleTable:
         """Let the examples of another table compete, of text behind this one's; for some features."""
         row, place = np.nonzero(other.rank[features] != UNUSED)
         row += features.start
-        rivals = Candidates(
-            row, *(getattr(other, name)[row, place] for name in ("position", "value", "document", "rank"))
+        slot = other.slot[row, place]
+        position, value, document = (
+            array[row, slot] for array in (other.position, other.value, other.document)
         )
-        where, slots, chosen = self._merge(rivals)
-        from_slot = other.slot[row[chosen], place[chosen]]
-        self.window[where, slots] = other.window[row[chosen], from_slot]
-        self.scale[where, slots] = other.scale[row[chosen], from_slot]
+        where, slots, chosen = self._merge(Candidates(row, position, value, document, other.rank[row, place]))
+        self.window[where, slots] = other.window[row[chosen], slot[chosen]]
+        self.scale[where, slots] = other.scale[row[chosen], slot[chosen]]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything that it holds, by name."""
-        return {name: getattr(self, name) for name in (*self._BY_PLACE, "scale", "window")}
+        return {name: getattr(self, name) for name in self._ARRAYS}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over what :meth:`arrays` gave."""
@@ -135,12 +151,17 @@ class ExampleTable:
     def examples(self, features: slice) -> dict[str, np.ndarray]:
         """position, value, scale and window of some features' examples, best first: ``[n, capacity, …]``."""
         slot = self.slot[features].astype(np.int64)
-        return {
-            "position": self.position[features],
-            "value": self.value[features],
-            "scale": np.take_along_axis(self.scale[features], slot, axis=1),
-            "window": np.take_along_axis(self.window[features], slot[..., None], axis=1),
+        by_place = {
+            name: np.take_along_axis(getattr(self, name)[features], slot, axis=1)
+            for name in ("position", "value", "scale")
         }
+        return by_place | {"window": np.take_along_axis(self.window[features], slot[..., None], axis=1)}
+
+    def one_of_each(self, number: int) -> np.ndarray:
+        """The position of one example of each feature, another one for every number: int64 ``[d_sae]``, -1 for none."""
+        held = (self.rank != UNUSED).sum(axis=1)
+        feature = np.arange(len(held))
+        return self.position[feature, self.slot[feature, number % held.clip(min=1)]]
 
     def _merge(self, rivals: Candidates) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find places for the rivals that win them.
@@ -185,21 +206,19 @@ class ExampleTable:
         new_slot = free_slot[first_free[new_row] + place_in_group(new_row)]
         taken[new_row, new_slot] = True
 
-        old = {name: getattr(self, name)[features] for name in self._BY_PLACE if name != "slot"}
-        blank = {"rank": UNUSED, "position": -1, "value": 0, "document": -1}
         new_at, kept_at = places[is_rival & fits], places[~is_rival & fits]
-        for name, before in old.items():
-            after = np.full_like(before, blank[name])
-            after[kept_row, kept_at] = before[kept_row, place[held_fits]]
-            after[new_row, new_at] = getattr(rivals, name)[chosen]
-            getattr(self, name)[features] = after
-        # Slots in use stand at their examples' places; the others behind them, so that each occurs once.
-        slot = np.empty_like(slots)
-        used = np.zeros(slots.shape, dtype=bool)
+        rank, slot = np.full_like(held_rank, UNUSED), np.empty_like(slots)
+        rank[kept_row, kept_at] = held_key[held_fits] & UNUSED
+        rank[new_row, new_at] = rivals.rank[chosen]
         slot[kept_row, kept_at], slot[new_row, new_at] = kept_slot, new_slot
-        used[kept_row, kept_at] = used[new_row, new_at] = True
-        slot[~used] = np.nonzero(~taken)[1]
-        self.slot[features] = slot
+        # Empty slots stand behind those in use, so that each occurs once.
+        empty_row, empty_slot = np.nonzero(~taken)
+        slot[rank == UNUSED] = empty_slot
+        self.rank[features], self.slot[features] = rank, slot
+        for name, empty in (("position", -1), ("value", 0), ("document", -1)):
+            array = getattr(self, name)
+            array[features[new_row], new_slot] = getattr(rivals, name)[chosen]
+            array[features[empty_row], empty_slot] = empty
         return features[new_row], new_slot, chosen
 
     def _settle_documents(
@@ -210,10 +229,11 @@ class ExampleTable:
         stays = np.ones(len(rival_row), dtype=bool)
         facing = np.flatnonzero(held_rank[rival_row, 0] != UNUSED)  # the others have nothing to face
         row = rival_row[facing]
-        same = self.document[features][row] == rivals.document[facing, None]  # -1 in empty places
+        same = self.document[features[row]] == rivals.document[facing, None]  # -1 in empty slots
         twin = same.argmax(axis=1)
         has_twin = same[np.arange(len(twin)), twin]
         facing, row, twin = facing[has_twin], row[has_twin], twin[has_twin]
+        twin = (self.slot[features[row]] == twin[:, None]).argmax(axis=1)
         better = rivals.rank[facing] < held_rank[row, twin]
         held_rank[row[better], twin[better]] = UNUSED
         stays[facing[~better]] = False

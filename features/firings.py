@@ -270,7 +270,10 @@ def _encoder(
     read = _reader(model, list(exclusions), blocks, store)
 
     def encode(first: int, last: int) -> Encoded:
-        found = read(first, last)
+        # Both their norms and the encoder want at least float32, converted once.
+        found = {
+            name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in read(first, last).items()
+        }
         counts = kept_at_all(blocks, first, last, found, exclusions).cpu().numpy().reshape(-1)
         real = np.flatnonzero(counted_positions(blocks, first, last).numpy().reshape(-1))
         is_kept = counts[real]

@@ -14,8 +14,9 @@ from features.examples import (
     Candidates,
     ExampleTable,
     feature_blocks,
-    sampling_rank,
-    splitmix64,
+    feature_hash,
+    position_hash,
+    rank_of_hashes,
     strength_rank,
 )
 from features.firings import Firings
@@ -59,6 +60,7 @@ class Gathering:
         self.tokens = PairCounts(d_vocab, folder / "tokens", summed=True)
         self.nexts = PairCounts(d_vocab, folder / "nexts", summed=False)
         self.coactive = Coactivation(d_sae, blocks.ids.size)
+        self._feature_hash = feature_hash(np.arange(d_sae))
         self._ids = blocks.ids.reshape(-1)
         self._document_of = blocks.documents.reshape(-1)
         self._context_length = blocks.context_length
@@ -95,7 +97,9 @@ class Gathering:
         self.places.add(firings, document, self._document_start)
         self.coactive.add(firings)
 
-        strength, sampled = strength_rank(value), sampling_rank(feature, position)
+        strength = strength_rank(value)
+        hashes = position_hash(np.arange(stretch.start, stretch.stop))
+        sampled = rank_of_hashes(self._feature_hash[feature], hashes[place])
         if len(firings.barred):
             is_special, is_outlier = (
                 firings.among(places) for places in (firings.kept_special, firings.kept_outlier)
@@ -106,12 +110,8 @@ class Gathering:
             strength[is_special | is_outlier] = sampled[is_special | is_outlier] = UNUSED
         for table, rank in ((self.strongest, strength), (self.sample, sampled)):
             table.add(Candidates(feature, position, value, document, rank), firings)
-        own = self.strongest.position
-        held = (own >= 0).sum(axis=1)
-        some = own[
-            np.arange(d_sae),
-            int(splitmix64(firings.kept[:1].astype(np.uint64))[0] >> np.uint64(1)) % held.clip(min=1),
-        ]
+        number = int(position_hash(firings.kept[:1])[0] >> np.uint64(1))
+        some = self.strongest.one_of_each(number)
         token_of = np.where(some >= 0, self._ids[some].astype(np.int64), -1)
         self.misses.add(near_misses(firings, token_of, self._ids, self._document_of), firings)
 

@@ -13,7 +13,7 @@ import numpy as np
 from features.groups import group_starts, place_in_group
 from features.records import read_array, write_records
 
-SORTED_AT_ONCE = 1 << 20
+SORTED_AT_ONCE = 2 << 20
 """Pairs that wait to be sorted together."""
 PAIRS_IN_MEMORY = 2 << 20
 """Distinct pairs above which a run goes to disk."""

@@ -19,7 +19,7 @@ HISTOGRAM_EDGES = np.logspace(LOWEST_EXPONENT, HIGHEST_EXPONENT, N_BINS + 1).ast
 
 
 def histogram_bin(value: np.ndarray) -> np.ndarray:
-    """The bin of each activation: int64 of the shape of ``value``, which is float32 and positive."""
+    """The bin of each activation: uint8 of the shape of ``value``, which is float32 and positive."""
     # The upper half of a float's bits tells the bin, or the one before: numbers that share it are less than 1% apart.
     bins = _BIN_OF_UPPER_BITS.take(value.view(np.uint32) >> 16)
     bins += value >= _UPPER_EDGES.take(bins)
@@ -30,7 +30,7 @@ def _bins_of_upper_bits() -> np.ndarray:
     smallest = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     bins = np.searchsorted(HISTOGRAM_EDGES, smallest, side="right") - 1
     bins[~(smallest >= 0)] = 0  # negative numbers, and what is none
-    return bins.clip(0, N_BINS - 1)
+    return bins.clip(0, N_BINS - 1).astype(np.uint8)
 
 
 _BIN_OF_UPPER_BITS = _bins_of_upper_bits()

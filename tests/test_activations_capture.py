@@ -43,7 +43,7 @@ def test_captured_batches_are_in_order_and_equal_one_by_one(model: LanguageModel
 
 
 def test_a_worker_computes_on_one_thread_whatever_it_has_computed_before() -> None:
-    """PyTorch forgets the setting of a thread that has not asked for it, at its first operator that runs in parallel."""
+    """PyTorch forgets the setting of a thread that has not asked for it, at its first parallel operator."""
     setting = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
