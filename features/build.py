@@ -296,6 +296,7 @@ def _records(
         likeness = jaccard(of_pair.times, sampled[first], sampled[second])
         together = best_pairs(of_pair, likeness, features, d_sae, COACTIVE)
         record["coactive_id"], record["coactive_count"] = together.second, together.times
+        record["coactive_sampled"] = np.where(together.second >= 0, sampled[together.second], 0)
 
         for name, values in gathered.strongest.examples(features).items():
             record[f"top_{name}"] = values

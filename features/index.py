@@ -328,10 +328,9 @@ class FeatureIndex:
 
     def coactive(self, feature: int) -> list[Coactive]:
         """The features that fire at the same positions, the most alike (Jaccard) first; counted on a sample."""
-        ids, both = self._row("coactive_id", feature), self._row("coactive_count", feature)
-        both, ids = both[ids >= 0].astype(np.int64), ids[ids >= 0]
-        sampled = self.column("sampled")
-        own, others = np.full(len(ids), sampled[feature], np.int64), sampled[ids].astype(np.int64)
+        ids, both, others = (self._row(f"coactive_{name}", feature) for name in ("id", "count", "sampled"))
+        both, others, ids = (array[ids >= 0].astype(np.int64) for array in (both, others, ids))
+        own = np.full(len(ids), self.column("sampled")[feature], np.int64)
         return Coactive.of(ids, both, own, others, int(self.manifest["n_sampled"]))
 
     def tags(self, feature: int) -> list[Tag]:

@@ -84,6 +84,7 @@ def feature_record(n_positions: int) -> np.dtype:
             ("next_count", np.uint32, NEXT_TOKENS),
             ("coactive_id", np.int32, COACTIVE),  # features that fire at the same positions
             ("coactive_count", np.uint16, COACTIVE),  # at so many of the sampled positions
+            ("coactive_sampled", np.uint16, COACTIVE),  # at how many of them those features fire
             ("top_position", place, TOP_EXAMPLES),
             ("top_value", np.float32, TOP_EXAMPLES),
             ("top_scale", np.float32, TOP_EXAMPLES),

@@ -144,6 +144,7 @@ def read_ahead(array: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
     start = (
         array.__array_interface__["data"][0] - np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
     )
-    pages = (start + np.concatenate([first, last - 1]) * array.itemsize) // mmap.PAGESIZE
-    for page in set(pages.tolist()):
-        mapped.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
+    begin, end = (start + place * array.itemsize for place in (first, last))
+    first_page, last_page = begin // mmap.PAGESIZE, (end - 1) // mmap.PAGESIZE
+    for page, n_pages in set(zip(first_page.tolist(), (last_page - first_page + 1).tolist(), strict=True)):
+        mapped.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, n_pages * mmap.PAGESIZE)
