@@ -194,6 +194,7 @@ def one_page(folder: Path, feature: int) -> None:
     """Open an index and read what a page shows, in this process."""
     started = time.perf_counter()
     index = FeatureIndex.open(folder)
+    index.fetch(feature)  # as open_run(...).feature(...) does
     for column in ("count", "mean", "std", "max", "entropy"):
         float(index.column(column)[feature])
     index.histogram(feature), index.quantile(feature, 0.5)

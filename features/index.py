@@ -282,6 +282,10 @@ class FeatureIndex:
         """float32 ``[n_bins + 1]``, log-spaced; what lies outside is counted in the first or last bin."""
         return np.array(self.manifest["histogram_edges"], dtype=np.float32)
 
+    def fetch(self, feature: int) -> None:
+        """Have the system read everything about a feature, which is then at hand: its page waits for the disk once."""
+        self._record(self._checked(feature))
+
     def histogram(self, feature: int) -> np.ndarray:
         """int64 ``[n_bins]``, firings by activation: ``edges[i] <= a < edges[i + 1]``."""
         return self._row("histogram", feature).astype(np.int64)

@@ -193,6 +193,7 @@ class Run:
             raise InputError(
                 f"There is no feature {index}: {self.name} has the features 0 to {self.index.d_sae - 1}."
             )
+        self.index.fetch(index)
         return Feature(self, index)
 
     def edit(
