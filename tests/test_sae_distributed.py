@@ -1,6 +1,7 @@
 """Several processes train an SAE as one does; checkpoints, signals and refusals under torchrun."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from command import environment
 from distributed_worker import CASES, SINGLE
 
 from activations.errors import InputError
+from features.index import FeatureIndex
+from features.labels import Labels
+from features.layout import COLUMNS
 from sae.config import SAEConfig, TrainConfig
 from sae.global_select import nth_largest, winners_of_batch
 from sae.mesh import ALONE, Mesh
@@ -110,23 +114,58 @@ def test_interrupted_processes_go_on_to_the_same_bits(name: str, interrupted: Pa
     assert "held_out_l0" in held_out[-1]
 
 
-def test_sae_train_under_torchrun(tmp_path: Path) -> None:
-    """One process writes and shows; the folder is that of any run."""
-    texts = tmp_path / "texts"
+def sae_command(*words: str | Path) -> tuple[str | Path, ...]:
+    return "--no-python", sys.executable, "-m", "app.cli", *words
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that two processes trained, and what they said."""
+    folder = tmp_path_factory.mktemp("trained")
+    texts, run = folder / "texts", folder / "run"
     texts.mkdir()
     for number in range(6000):
         (texts / f"{number}.txt").write_text(f"def function_{number}(x):\n    return x + {number}\n" * 3)
-    run = tmp_path / "run"
     words = ["--out", run, "--text", texts, "--tokens", "8000", "--d-sae", "64", "--k", "4", "--shards", "2"]
-    done = torchrun(
-        2, "--no-python", sys.executable, "-m", "app.cli", "train", *words, "--batch-tokens", "128"
-    )
+    done = torchrun(2, *sae_command("train", *words, "--batch-tokens", "128"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Training on") == done.stdout.count("The SAE is in") == 1
+    return run, done.stdout
+
+
+def test_sae_train_under_torchrun(trained: tuple[Path, str]) -> None:
+    """One process writes and shows; the folder is that of any run."""
+    run, said = trained
+    assert said.count("Training on") == said.count("The SAE is in") == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["tokens"] == 8000 // 128 * 128
     assert lines[-1]["loss"] < lines[0]["loss"] / 2
     assert (run / "evaluation.json").is_file()
+
+
+def test_sae_index_under_torchrun(trained: tuple[Path, str], tmp_path: Path) -> None:
+    """Two processes share the text, one writes; index and labels are those that a single process makes."""
+    alone, together = (shutil.copytree(trained[0], tmp_path / name) for name in ("alone", "together"))
+    for n_processes, run in ((1, alone), (2, together)):
+        done = torchrun(n_processes, *sae_command("index", run, "--tokens", "6000", "--score-tokens", "1500"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Labelling") == done.stdout.count("The index is in") == 1
+        assert not (run / "features" / "train.partial").exists()
+    one, two = (FeatureIndex.open(run / "features" / "train") for run in (alone, together))
+    assert one.n_tokens == two.n_tokens > 5000
+    assert one.count.any()
+    for name in COLUMNS.names or ():
+        np.testing.assert_allclose(one.column(name), two.column(name), rtol=1e-5, err_msg=name)
+    for name in ("histogram", "token_id", "next_count", "coactive_count", "top_position", "range_window"):
+        np.testing.assert_array_equal(one.array(name), two.array(name), err_msg=name)
+    labels = [
+        {
+            feature: (label.text, label.f1)
+            for feature, label in Labels.open(run / "labels.sqlite").all().items()
+        }
+        for run in (alone, together)
+    ]
+    assert labels[0] == labels[1]
+    assert labels[0]
 
 
 def test_the_nth_largest_and_the_winners_are_those_of_a_sort() -> None:
