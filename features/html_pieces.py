@@ -65,7 +65,9 @@ _RULES = """
     color-mix(in srgb, currentColor 8%, transparent); }
 & .bar.n { background: linear-gradient(to right, rgb(var(--cold) / .72) var(--w), transparent var(--w)),
     color-mix(in srgb, currentColor 8%, transparent); }
-& .ellipsis { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block; }
+& .named { display: flex; gap: .3em; white-space: nowrap; }
+& .named > * { flex: none; }
+& .named > .words { flex: 0 1 auto; min-width: 0; overflow: hidden; text-overflow: ellipsis; }
 @media (max-width: 640px) {
   & h1.page { font-size: 1.45rem; }
   & .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem; }

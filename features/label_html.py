@@ -19,11 +19,17 @@ _SOURCES = {
 
 
 def named_html(label: Label | None) -> str:
-    """A label on one line with its score, for lists."""
+    """A label on one line with its score, for lists: where there is too little room, its words are cut off first."""
     if label is None or not label.text:
         return '<span class="faint">no label</span>'
-    figure = label.summary.removeprefix(label.text)
-    return f'{escape(label.text)}<span class="faint">{escape(figure)}</span>'
+    return f'<span class="words">{escape(label.text)}</span>{figure_html(label)}'
+
+
+def figure_html(label: Label | None) -> str:
+    """The score of a label, as it stands behind its words."""
+    if label is None or not label.text:
+        return ""
+    return f'<span class="faint">{escape(label.summary.removeprefix(label.text))}</span>'
 
 
 def provenance_html(label: Label) -> str:

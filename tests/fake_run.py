@@ -43,6 +43,9 @@ class FakeIndex:
         value = {"documents": 40, "first_place": 12.5, "special": 1234, "outlier": 5}[name]
         return np.where(self.count > 0, value, 0)
 
+    def fetch(self, feature: int) -> None:
+        """Nothing is on disk."""
+
     def histogram(self, feature: int) -> np.ndarray:
         counts = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
         if self.count[feature]:

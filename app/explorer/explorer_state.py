@@ -2,6 +2,7 @@
 
 import random
 import sys
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import streamlit as st
 from activations.errors import InputError
 from activations.files import MANIFEST
 from app.explorer.explorer_style import escape_markdown
+from features.label_html import named_html
 from features.labels import Label
 from features.run import Feature, Run, open_run
 from sae.run import RunFolder
@@ -113,6 +115,12 @@ def name_of(run: Run, feature: int) -> str:
     """A feature's label with its score, or that it has none."""
     label = run.labels.get(feature)
     return label.summary if label and label.text else "no label"
+
+
+def listed(run: Run, feature: int, number: str) -> str:
+    """A feature in a list, as HTML: its number as given, and its label with its score."""
+    label = run.labels.get(feature)
+    return f'<span class="named" title="{escape(name_of(run, feature))}">{number} {named_html(label)}</span>'
 
 
 def read_as(found: "FeatureTable") -> str:

@@ -11,8 +11,8 @@ from app.explorer.explorer_state import (
     LONGEST_TEXT_IN_LINK,
     asked_feature,
     complain,
+    listed,
     load_model,
-    name_of,
     random_feature,
     the_run,
 )
@@ -304,8 +304,7 @@ def _neighbours(feature: Feature) -> str:
     run = feature.run
     rows = [
         [
-            f'<span class="ellipsis" title="{escape(name_of(run, other))}">'
-            f"{link(feature_address(other), str(other))} {escape(name_of(run, other))}</span>",
+            listed(run, other, link(feature_address(other), str(other))),
             bar(cosine, f"{cosine:.2f}"),
         ]
         for other, cosine in feature.neighbours[:NEIGHBOURS_SHOWN]
@@ -319,8 +318,7 @@ def _coactive(feature: Feature) -> str:
     run = feature.run
     rows = [
         [
-            f'<span class="ellipsis" title="{escape(name_of(run, other.feature))}">'
-            f"{link(feature_address(other.feature), str(other.feature))} {escape(name_of(run, other.feature))}</span>",
+            listed(run, other.feature, link(feature_address(other.feature), str(other.feature))),
             bar(other.jaccard, f"{other.jaccard:.2f}"),
             f"{other.pmi:+.1f}",
         ]

@@ -9,7 +9,7 @@ import streamlit as st
 
 from activations.errors import InputError
 from app.explorer.explorer_links import address, feature_address, go, link, pick
-from app.explorer.explorer_state import complain, load_model, name_of, parameter, the_run
+from app.explorer.explorer_state import complain, listed, load_model, name_of, parameter, the_run
 from features.demonstration import choose_demonstration, own_tokens, promoted_share
 from features.html_pieces import bar, number, part, percent, table_html
 from features.run import Run
@@ -208,7 +208,7 @@ def _matches(run: Run, features: list[int], wanted: str) -> str:
     lines = [
         pick(
             {"features": ",".join(map(str, [*features, feature]))},
-            f'<span class="ellipsis">+ {feature} {escape(name_of(run, feature))}</span>',
+            listed(run, feature, f"+ {feature}"),
         )
         for feature in found[:MATCHES_SHOWN]
     ]
@@ -285,7 +285,7 @@ def _result(run: Run, settings: Settings) -> None:
         before, after = (promoted_share(run.model, text, own) for text in (written.default, written.steered))
         rows.append(
             [
-                f"{feature} {escape(name_of(run, feature))}",
+                listed(run, feature, str(feature)),
                 number(then.strengths[feature]),
                 bar(before, percent(before)),
                 bar(after, percent(after)),

@@ -16,6 +16,7 @@ from app.explorer.explorer_state import (
     whole_number,
 )
 from features.html_pieces import bar, number, part, table_html
+from features.label_html import figure_html
 from features.run import Run
 from features.tokens_html import chip, tokens_html, visible
 from features.trace import Trace
@@ -154,13 +155,17 @@ def _feature_rows(run: Run, found: list[tuple[int, float]], shown: int | None) -
         share = activation / maximum if maximum else 0.0
         name = escape(name_of(run, feature))
         number_link = link(feature_address(feature), str(feature), title="open this feature")
-        label = f'<span class="{"chosen" if feature == shown else ""}">{name}</span>'
+        label = run.labels.get(feature)
+        words = escape(label.text) if label and label.text else "no label"
         label_link = pick(
-            {"feature": feature}, label, title="colour the text by this feature", classes="quiet"
+            {"feature": feature},
+            f'<span class="chosen">{words}</span>' if feature == shown else words,
+            title="colour the text by this feature",
+            classes="quiet words",
         )
         rows.append(
             [
-                f'<span class="ellipsis" title="{name}">{number_link} {label_link}</span>',
+                f'<span class="named" title="{name}">{number_link} {label_link}{figure_html(label)}</span>',
                 number(activation),
                 bar(share, f"{share:.0%}"),
             ]
@@ -207,13 +212,15 @@ def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
         if cells := st.session_state[key].selection.cells:
             st.query_params["token"] = str(places[cells[0][0]])
 
+    labels = [run.labels.get(feature) for feature, _ in best]
     key = f"tokens of {hash(tuple(trace.ids))}"
     st.dataframe(
         {
             "#": places,
             "token": [visible(trace.tokens[place]) for place in places],
             "feature": [feature for feature, _ in best],
-            "label": [name_of(run, feature) for feature, _ in best],
+            "label": [label.text if label else "" for label in labels],
+            "score": [label.summary.removeprefix(f"{label.text} · ") if label else "" for label in labels],
             "activation": [activation for _, activation in best],
             "share": [activation / float(run.index.max[feature] or 1) for feature, activation in best],
         },
@@ -224,12 +231,13 @@ def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
         selection_mode="single-cell",
         column_config={
             "#": st.column_config.NumberColumn(width=45),
-            "token": st.column_config.TextColumn(width=110),
-            "feature": st.column_config.NumberColumn(width=70, format="%d"),
-            "label": st.column_config.TextColumn(width="medium"),
+            "token": st.column_config.TextColumn(width=85),
+            "feature": st.column_config.NumberColumn(width=65, format="%d"),
+            "label": st.column_config.TextColumn(width=170),
+            "score": st.column_config.TextColumn(width=65),
             "activation": st.column_config.NumberColumn(width=80, format="%.2f"),
             "share": st.column_config.ProgressColumn(
-                "share of max", width=120, min_value=0, max_value=1, format="%.2f"
+                "share of max", width=110, min_value=0, max_value=1, format="%.2f"
             ),
         },
     )
