@@ -7,7 +7,7 @@ is saved every :data:`SAVE_EVERY` positions, so that a killed pass goes on where
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -67,7 +67,8 @@ from sae.model import SparseAutoencoder, check_belongs
 
 SAVE_EVERY = 1 << 20
 """Positions between two saved states."""
-WEIGHTS = "weights"
+_FEATURES_IN_HAND, _WRITING_THREADS = 2048, 8
+WEIGHTS_FOLDER = "weights"
 """The folder of the weight index inside that of the index."""
 
 
@@ -122,7 +123,7 @@ def build_index(
                 held.enter_context(lock)
             except Timeout:
                 raise InputError(f"Another command is building {folder}: wait for it.") from None
-            weights = build_weights(model, sae, weights_folder or partial / WEIGHTS, progress=progress)
+            weights = build_weights(model, sae, weights_folder or partial / WEIGHTS_FOLDER, progress=progress)
         gathered = job.gather()
         processes.wait()  # until all have saved what they gathered
         if processes.rank == 0:
@@ -227,14 +228,14 @@ def _write(folder: Path, job: _Job, gathered: Gathering, weights: WeightIndex) -
     columns = np.zeros(sae.d_sae, COLUMNS)
     with new_folder(folder) as new:
         dtype = feature_record(blocks.ids.size)
-        records = _records(gathered, blocks, vocabulary, weights, dtype, columns)
-        write_records(new / FEATURES, dtype, (sae.d_sae,), records)
+        with closing(_records(gathered, blocks, vocabulary, weights, dtype, columns)) as records:
+            write_records(new / FEATURES, dtype, (sae.d_sae,), records)
         write_array(new / ALL_COLUMNS, columns)
         write_array(new / IDS, blocks.ids)
         if blocks.counted is not None:
             write_array(new / COUNTED, blocks.counted)
         write_arrays(new / TEXT, _text_arrays(blocks, vocabulary, gathered.vocabulary_count))
-        link_folder(weights.folder, new / WEIGHTS)
+        link_folder(weights.folder, new / WEIGHTS_FOLDER)
         write_manifest(
             new,
             KIND,
@@ -257,7 +258,7 @@ def _records(
     weights: WeightIndex,
     dtype: np.dtype,
     columns: np.ndarray,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Records of consecutive ranges of features; their columns are filled in on the way."""
     d_sae, d_vocab = len(columns), len(vocabulary)
     ids = blocks.ids.reshape(-1)
@@ -329,7 +330,11 @@ def _records(
         columns[features] = column
         return record
 
-    yield from in_order(torch.device("cpu"), record_of, feature_blocks(d_sae))
+    # Smaller ranges for more threads: what all of them have in hand does not grow with their number.
+    n_threads = min(torch.get_num_threads(), _WRITING_THREADS)
+    ranges = feature_blocks(d_sae, _FEATURES_IN_HAND // n_threads)
+    with closing(in_order(torch.device("cpu"), record_of, ranges, n_workers=n_threads)) as made:
+        yield from made
 
 
 def _weight_measures(

@@ -33,6 +33,9 @@ def sampling_rank(feature: np.ndarray, position: np.ndarray) -> np.ndarray:
 def rank_of_hashes(of_feature: np.ndarray, of_position: np.ndarray) -> np.ndarray:
     """:func:`sampling_rank` of features and positions whose hashes are known: int64, of two uint64 arrays."""
     mixed = of_feature ^ of_position
+    mixed *= np.uint64(
+        0x9E3779B97F4A7C15
+    )  # features whose hashes begin alike must not choose the same positions
     mixed >>= np.uint64(64 - RANK_BITS)
     return np.minimum(mixed, np.uint64(UNUSED - 1), out=mixed).view(np.int64)
 

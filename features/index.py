@@ -29,6 +29,7 @@ from features.layout import (
     N_BANDS,
     QUANTA,
     TEXT,
+    TEXT_ARRAYS,
     WINDOW,
     WINDOW_BEFORE,
 )
@@ -107,7 +108,7 @@ class FeatureIndex:
 
     @classmethod
     def open(cls, folder: str | Path, *, sae_hash: str | None = None) -> "FeatureIndex":
-        """Open an index; its files are read when they are asked for.
+        """Open an index: all of its files are mapped, and read where they are asked for.
 
         Args:
             sae_hash: if given, the index must have been made with the SAE of this hash.
@@ -241,7 +242,10 @@ class FeatureIndex:
 
     @cached_property
     def _text(self) -> dict[str, np.ndarray]:
-        return read_arrays(self.folder / TEXT)
+        arrays = read_arrays(self.folder / TEXT)
+        if missing := set(TEXT_ARRAYS) - set(arrays):
+            raise InputError(f"{self.folder / TEXT} lacks {min(missing)}: build the index again.")
+        return arrays
 
     @cached_property
     def weights(self) -> WeightIndex:

@@ -19,7 +19,7 @@ _SOURCES = {
 
 
 def named_html(label: Label | None) -> str:
-    """A label on one line with its score, for lists: where there is too little room, its words are cut off first."""
+    """A label on one line with its score, for lists; inside class ``named`` its words are cut off for want of room."""
     if label is None or not label.text:
         return '<span class="faint">no label</span>'
     return f'<span class="words">{escape(label.text)}</span>{figure_html(label)}'
@@ -29,7 +29,7 @@ def figure_html(label: Label | None) -> str:
     """The score of a label, as it stands behind its words."""
     if label is None or not label.text:
         return ""
-    return f'<span class="faint">{escape(label.summary.removeprefix(label.text))}</span>'
+    return f'<span class="faint"> · {escape(label.figure)}</span>'
 
 
 def provenance_html(label: Label) -> str:

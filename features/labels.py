@@ -117,8 +117,12 @@ class Label:
     @property
     def summary(self) -> str:
         """The text and its score on one line: ``fires on ‹self› · F1 0.93``."""
-        score = self.score
-        return f"{self.text} · {f'{SCORE_NAMES[score.kind]} {score.value:.2f}' if score else 'not scored'}"
+        return f"{self.text} · {self.figure}"
+
+    @property
+    def figure(self) -> str:
+        """The score to show: ``F1 0.93``, or that it is not scored."""
+        return f"{SCORE_NAMES[self.score.kind]} {self.score.value:.2f}" if self.score else "not scored"
 
     @property
     def f1(self) -> float | None:

@@ -62,6 +62,10 @@ COLUMNS = np.dtype(
 
 FEATURES, ALL_COLUMNS, IDS, COUNTED = "features.npy", "columns.npy", "ids.npy", "counted.npy"
 TEXT = "text.safetensors"
+TEXT_ARRAYS = (
+    *("run_start", "run_document", "vocabulary_count"),
+    *("vocabulary", "vocabulary_offsets", "documents", "documents_offsets"),
+)
 
 
 def feature_record(n_positions: int) -> np.dtype:

@@ -1,4 +1,4 @@
-"""How often pairs occur: feature and token, feature and feature. Exact, however many there are.
+"""How often pairs occur: feature and token, feature and the next one. Exact, however many there are.
 
 Counts are kept as sorted runs, first in memory, then in files. Files are merged when there are several of similar
 length, so that every pair is moved about log8(number of files) times, and memory does not grow with the text.
@@ -125,9 +125,8 @@ class PairCounts:
         if sum(len(run.key) for run in self._in_memory) > PAIRS_IN_MEMORY:
             merged = _merged(self._in_memory)
             self._in_memory = [merged]
-            if (
-                len(merged.key) > PAIRS_IN_MEMORY // 2
-            ):  # otherwise there is room for many more before the next time
+            # Where many were the same there is room for many more before the next time.
+            if len(merged.key) > PAIRS_IN_MEMORY // 2:
                 self._in_memory_to_disk()
 
     def _in_memory_to_disk(self) -> None:

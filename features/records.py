@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         for name, described in header.items():
             shape, dtype = described["shape"], np.dtype(dtypes[described["dtype"]])
             start, end = described["data_offsets"]
-            if end - start != math.prod(shape) * dtype.itemsize:
+            if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError("its header contradicts itself")
             arrays[name] = np.ndarray(shape, dtype, mapped, begin + start)
         return arrays
@@ -120,14 +121,8 @@ def fetch_beginnings(paths: Iterable[Path]) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     for path in paths:
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            os.posix_fadvise(handle, 0, _BEGINNING, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(handle)
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, _BEGINNING, os.POSIX_FADV_WILLNEED)
 
 
 def read_ahead(array: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:

@@ -184,7 +184,7 @@ class Run:
         return self._once("residual_norm", self._measure_norm)
 
     def feature(self, index: int) -> "Feature":
-        """One feature.
+        """One feature; what the index knows of it is read now.
 
         Raises:
             InputError: there is no feature of that number.

@@ -24,7 +24,9 @@ from sae.kernels.choice import Kernels, narrow, selecting, serving
 from sae.mesh import mesh_in_force
 from sae.workers import n_workers, share
 
-_ROWS_PER_THREAD = 512  # the product then runs at its full rate (every tile packs the weights once more)
+_ROWS = (
+    512  # of a tile on one thread: fewer, and the product packs the weights too often; more leave the cache
+)
 _TILE_BYTES = 16 << 20  # of pre-activations: selection then reads them from the cache
 _BLOCK_WIDTH = 4096  # features: tiles so wide are high enough for the product to run at its full rate
 _RUNS, _LATER_RUNS = 8, 4
@@ -36,13 +38,13 @@ T = TypeVar("T")
 
 
 def tile_rows(d_sae: int, itemsize: int = 4, device_type: str = "cpu") -> int:
-    """How many rows of pre-activations are computed at a time.
+    """How many rows of pre-activations are computed at a time: where PyTorch has one thread, half as many.
 
     Elsewhere than on a CPU few large tiles: there a tile costs its launches, and 512 MB is little.
     """
     if device_type != "cpu":
         return max(16, (512 << 20) // (d_sae * itemsize))
-    rows = _ROWS_PER_THREAD * min(torch.get_num_threads(), 2)
+    rows = _ROWS * min(torch.get_num_threads(), 2)
     return max(16, min(rows, _TILE_BYTES // (d_sae * itemsize)))
 
 

@@ -272,6 +272,10 @@ def test_a_fair_sample_is_uniform_and_its_bands_are_near_the_truth() -> None:
     feature = np.repeat(np.arange(d_sae), n)
     ranks = sampling_rank(feature, np.tile(np.arange(n), d_sae)).reshape(d_sae, n)
     chosen = np.argsort(ranks, axis=1)[:, :capacity]
+    is_chosen = np.zeros((d_sae, n), dtype=np.float32)
+    np.put_along_axis(is_chosen, chosen, 1, axis=1)
+    overlap = is_chosen @ is_chosen.T  # 2 on average for features that choose independently
+    assert (overlap - np.diag(overlap.diagonal())).max() < 16
     quantile = (values.argsort(axis=1).argsort(axis=1) + 0.5) / n
     sampled = np.take_along_axis(quantile, chosen, 1)
     # The mean of 25,600 uniform numbers has a standard deviation of 0.29 / 160.

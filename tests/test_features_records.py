@@ -14,7 +14,7 @@ from activations.errors import InputError
 from features import coactivation, pair_counts
 from features.coactivation import Coactivation
 from features.firings import Encoded, Firings
-from features.pair_counts import PairCounts
+from features.pair_counts import PairCounts, Tally
 from features.records import fetch_beginnings, read_array, read_arrays, write_array, write_arrays
 
 ARRAYS = st.dictionaries(
@@ -69,10 +69,11 @@ def test_damaged_arrays_are_refused_with_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("n_parts", [3, 40])
+@pytest.mark.parametrize(("n_parts", "n_first"), [(3, 30), (60, 30), (60, 2)])
 def test_pairs_are_counted_exactly_however_often_they_are_spilled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summed: bool, n_parts: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summed: bool, n_parts: int, n_first: int
 ) -> None:
+    """Of many different pairs, which go to files, and of few, which stay in memory."""
     monkeypatch.setattr(pair_counts, "SORTED_AT_ONCE", 20)
     monkeypatch.setattr(pair_counts, "PAIRS_IN_MEMORY", 60)
     monkeypatch.setattr(pair_counts, "_PAIRS_AT_ONCE", 7)
@@ -80,9 +81,21 @@ def test_pairs_are_counted_exactly_however_often_they_are_spilled(
     counts = PairCounts(50, tmp_path, summed=summed)
     times: Counter[tuple[int, int]] = Counter()
     totals: Counter[tuple[int, int]] = Counter()
+    kept: list[int] = []
     most_files = 0
+    put = PairCounts._put
+
+    def watched(self: PairCounts, run: Tally) -> None:
+        before = sum(len(run.key) for run in self._in_memory)
+        put(self, run)
+        if before + len(run.key) > 60:
+            kept.append(len(self._in_memory))
+
+    monkeypatch.setattr(PairCounts, "_put", watched)
     for part in range(n_parts):
-        first, second = random.integers(0, 30, size=(2, int(random.integers(0, 50))))
+        first, second = random.integers(
+            0, [[n_first], [min(2 * n_first, 50)]], size=(2, int(random.integers(0, 50)))
+        )
         value = random.integers(1, 100, size=len(first)).astype(np.float32)
         counts.add(first, second, value if summed else None)
         for pair, v in zip(zip(first.tolist(), second.tolist(), strict=True), value.tolist(), strict=True):
@@ -92,7 +105,7 @@ def test_pairs_are_counted_exactly_however_often_they_are_spilled(
             runs = counts.spill()
             counts = PairCounts(50, tmp_path, summed=summed)
             counts.resume(runs)
-        most_files = max(most_files, len(counts.spill()))
+        most_files = max(most_files, len(counts._on_disk))
     found = list(map(counts.by_feature(), [slice(0, 11), slice(11, 12), slice(12, 30)]))
     key = np.concatenate([tally.key for tally in found])
     assert [tuple(pair) for pair in np.stack(np.divmod(key, 50), axis=1).tolist()] == sorted(times)
@@ -103,7 +116,10 @@ def test_pairs_are_counted_exactly_however_often_they_are_spilled(
         assert np.concatenate([tally.total for tally in found]).tolist() == [
             totals[pair] for pair in sorted(times)
         ]
-    assert most_files <= 20  # not one for every time
+    if n_parts > 3:
+        assert kept  # memory was full
+        assert set(kept) == ({0} if n_first > 2 else {1})  # and was emptied, or made room for
+        assert most_files < 12 if n_first > 2 else most_files <= 1
 
 
 @given(seed=st.integers(0, 1000), at_once=st.sampled_from([1, 10, 1 << 20]))

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[int, int, int, Change | None]] = {
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, so that most batches are several of them, the last one incomplete."""
-    monkeypatch.setattr(sparse, "_ROWS_PER_THREAD", 1)
+    monkeypatch.setattr(sparse, "_ROWS", 1)
 
 
 @pytest.fixture(params=["sparse", "sparse, dense products", "dense tiles"])

@@ -241,7 +241,7 @@ def case(request: pytest.FixtureRequest) -> Problem:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, so that 37 rows are three of them; bands in chunks of ten rows and of ten features."""
-    monkeypatch.setattr(sparse, "_ROWS_PER_THREAD", 1)
+    monkeypatch.setattr(sparse, "_ROWS", 1)
     monkeypatch.setattr(nested, "_CHUNK_ROWS", 10)
     monkeypatch.setattr(nested, "_CHUNK_FEATURES", 10)
     monkeypatch.setattr(batch_select, "_BLOCK", 100)
@@ -368,7 +368,7 @@ def test_selection_is_a_top_k_of_the_flattened_batch(
     pre, k = torch.from_numpy(drawn[0]).to(dtype), drawn[1]
     n, d_sae = pre.shape
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "_ROWS_PER_THREAD", 1)
+        patch.setattr(sparse, "_ROWS", 1)
         codes = batch_select.encode_batch_topk(
             pre, torch.eye(d_sae, dtype=dtype), torch.zeros(d_sae, dtype=dtype), n * k
         )
@@ -471,7 +471,7 @@ def test_no_tensor_is_as_large_as_n_times_d_sae(
     name: str, n_dead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest of PyTorch's is a tile of 16 rows; numpy's memory is traced."""
-    monkeypatch.setattr(sparse, "_ROWS_PER_THREAD", 1)
+    monkeypatch.setattr(sparse, "_ROWS", 1)
     n, d_in, d_sae = 512, 12, 2048
     this = problem(n, d_in, d_sae, 2, dead=torch.arange(n_dead))
     tracemalloc.start()

@@ -114,7 +114,7 @@ def case(request: pytest.FixtureRequest) -> Problem:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows (the smallest), so that 37 rows are three of them, the last one incomplete."""
-    monkeypatch.setattr(sparse, "_ROWS_PER_THREAD", 1)
+    monkeypatch.setattr(sparse, "_ROWS", 1)
     assert sparse.tile_rows(64) == 16
 
 
