@@ -313,7 +313,8 @@ def test_positives_are_of_all_tenths_and_negatives_half_hard(cases: Cases, score
             positives = [case.start for case in found if case.answer]
             firing = [case.start for case in found if case.kind != "hard"]
             assert len(set(firing)) == len(firing)  # none is there twice, not even with other marks
-            assert all(any(e.position - e.peak in positives for e in examples) for examples in bands)
+            covered = sum(any(e.position - e.peak in positives for e in examples) for examples in bands)
+            assert covered >= min(len(bands), len(positives))  # one of each tenth before another of any
             kinds = [case.kind for case in found if not case.answer]
             n_hard = kinds.count("hard")
             # Few windows are left in which the feature fires, for wrong marks: near misses fill up.
