@@ -115,10 +115,11 @@ def served(run_folder: Path, port: int | None = None) -> Iterator[Server]:
     """Streamlit running inside the block, ready to answer; ended with it.
 
     Args:
-        port: None takes the next free one from 8501, and another if somebody takes that first.
+        port: None takes the next free one from 8501, and further ones if the server ends at its start, since somebody
+            may have taken that first.
 
     Raises:
-        InputError: it does not start.
+        InputError: it does not start, or did not on three ports.
     """
     with ExitStack() as at_the_end:
         chosen, tries = FIRST_PORT, _TRIES if port is None else 1

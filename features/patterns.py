@@ -136,22 +136,6 @@ class Pattern:
         return cls(tuple(_condition(values) for values in content["any_of"]))
 
 
-def pattern_holds(pattern: Pattern, windows: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """Where a pattern holds in windows of text, each a text by itself: bool ``[n_tokens]`` for each.
-
-    Args:
-        windows: the text of the tokens of each, as examples have it.
-    """
-    text = Text.of_windows(windows)
-    ends = np.cumsum([len(window) for window in windows])
-    return np.split(pattern.holds(text), ends[:-1]) if len(windows) else []
-
-
-def pattern_judge(pattern: Pattern, windows: Sequence[Sequence[str]]) -> list[bool]:
-    """Whether a pattern holds anywhere in each window: the judge of detection that needs no language model."""
-    return [bool(holds.any()) for holds in pattern_holds(pattern, windows)]
-
-
 def joined(conditions: Sequence[Mapping[Aspect, Sequence[str]]]) -> tuple[Condition, ...]:
     """The same conditions in fewer: those that differ in the values of one aspect alone become one."""
     found = [dict(condition) for condition in conditions]

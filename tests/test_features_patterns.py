@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from activations.errors import InputError
 from features.aspects import ASPECTS, Text
-from features.patterns import Condition, Pattern, joined, pattern_holds, pattern_judge
+from features.patterns import Condition, Pattern, joined
 from features.wording import says, sentence, visible
 
 TOKENS = ["a", "b", " a", "B", "(", "\n"]
@@ -45,27 +45,30 @@ def test_a_pattern_holds_where_one_of_its_conditions_does(windows: list[list[str
     assert Pattern(joined(conditions)).holds(text).tolist() == expected.tolist()
 
 
+def holds_in(pattern: Pattern, windows: list[list[str]]) -> list[np.ndarray]:
+    """Where a pattern holds in windows of text, each a text by itself."""
+    ends = np.cumsum([len(window) for window in windows])
+    return np.split(pattern.holds(Text.of_windows(windows)), ends[:-1])
+
+
 def test_tokens_and_ngrams_hold_at_the_last_token() -> None:
     windows = [["def", " f", "(", "self"], ["self", "(", "self"]]
-    assert [each.tolist() for each in pattern_holds(Pattern.of_tokens(["self", "x"]), windows)] == [
+    assert [each.tolist() for each in holds_in(Pattern.of_tokens(["self", "x"]), windows)] == [
         [False, False, False, True],
         [True, False, True],
     ]
-    held = pattern_holds(Pattern.of_ngrams([("(", "self"), ("def", " f")]), windows)
+    held = holds_in(Pattern.of_ngrams([("(", "self"), ("def", " f")]), windows)
     assert [each.tolist() for each in held] == [[False, True, False, True], [False, False, True]]
-    assert pattern_judge(Pattern.of_tokens(["("], "before"), [["(", "a"], ["a", "("], []]) == [
-        True,
-        False,
-        False,
-    ]
-    assert pattern_judge(Pattern.of_tokens(["a"]), []) == []
+    held = holds_in(Pattern.of_tokens(["("], "before"), [["(", "a"], ["a", "("], []])
+    assert [each.tolist() for each in held] == [[False, True], [False, False], []]
+    assert not len(Pattern.of_tokens(["a"]).holds(Text.of_windows([])))
 
 
 def test_a_regex_holds_at_every_token_that_a_match_overlaps() -> None:
     window = ["x", " = ", "1", "23", "", "4", "a", "1"]
-    (held,) = pattern_holds(Pattern.of_regex("[0-9]{2,}"), [window])
+    (held,) = holds_in(Pattern.of_regex("[0-9]{2,}"), [window])
     assert held.tolist() == [False, False, True, True, False, True, False, False]
-    (held,) = pattern_holds(Pattern.of_regex("q*"), [window])
+    (held,) = holds_in(Pattern.of_regex("q*"), [window])
     assert not held.any()
 
 

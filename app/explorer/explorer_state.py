@@ -114,7 +114,12 @@ def worth(label: Label | None) -> tuple[float, int]:
 def name_of(run: Run, feature: int) -> str:
     """A feature's label with its score, or that it has none."""
     label = run.labels.get(feature)
-    return label.summary if label and label.text else "no label"
+    return label.summary if label and label.text else words_of(label)
+
+
+def words_of(label: Label | None) -> str:
+    """What a label says, or that there is none."""
+    return label.text if label and label.text else "no label"
 
 
 def listed(run: Run, feature: int, number: str) -> str:

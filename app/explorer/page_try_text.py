@@ -14,6 +14,7 @@ from app.explorer.explorer_state import (
     parameter,
     the_run,
     whole_number,
+    words_of,
 )
 from features.html_pieces import bar, number, part, table_html
 from features.label_html import figure_html
@@ -156,7 +157,7 @@ def _feature_rows(run: Run, found: list[tuple[int, float]], shown: int | None) -
         name = escape(name_of(run, feature))
         number_link = link(feature_address(feature), str(feature), title="open this feature")
         label = run.labels.get(feature)
-        words = escape(label.text) if label and label.text else "no label"
+        words = escape(words_of(label))
         label_link = pick(
             {"feature": feature},
             f'<span class="chosen">{words}</span>' if feature == shown else words,
@@ -219,7 +220,7 @@ def _token_table(run: Run, trace: Trace, by_share: bool) -> None:
             "#": places,
             "token": [visible(trace.tokens[place]) for place in places],
             "feature": [feature for feature, _ in best],
-            "label": [label.text if label and label.text else "no label" for label in labels],
+            "label": [words_of(label) for label in labels],
             "score": [label.figure if label and label.text else "" for label in labels],
             "activation": [activation for _, activation in best],
             "share": [activation / float(run.index.max[feature] or 1) for feature, activation in best],
